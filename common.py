@@ -1,0 +1,822 @@
+"""What the seven scripts share: flags, data, networks, and the files that a run writes.
+
+Images are float tensors in [0, 1] of shape (B, C, H, W) everywhere outside a network; networks
+return logits. The data set lives as one uint8 tensor on the training device. The training loops
+and the losses are in the scripts.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torchvision import datasets
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 2: the mistake is in the input."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage before it
+        fail(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float with low <= value <= high; nan and inf are refused."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {what} {limits}, not '{text}'")
+        return value
+
+    return parse
+
+
+def image_size(text):
+    size = number(int, 8, 1024)(text)
+    if size % 4:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 4, not '{text}'")
+    return size
+
+
+def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width, lr_schedule):
+    """A parser with the flags of all seven scripts, with this script's defaults.
+
+    `script` is the caller's `__file__`: files are named after it and, by default, lie beside it.
+    """
+    script = Path(script).resolve()
+    parser = Parser(
+        prog=script.name, description=doc.split("\n\n")[0], epilog="README.md explains the files.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
+    add("--batch-size", type=number(int, 2), default=batch_size, help="images per step")
+    add("--opt", choices=["adam", "rmsprop", "sgd"], default=opt, help="optimiser")
+    add("--lr", type=number(float, 1e-9, 100), default=lr, help="learning rate")
+    add("--lr-schedule", choices=["constant", "linear"], default=lr_schedule,
+        help="linear: the learning rate falls to zero over the run")  # fmt: skip
+    add("--latent-dim", type=number(int, 1, 4096), default=latent_dim, help="size of z")
+    add("--width", type=number(int, 1, 1024), default=width,
+        help="channels of the first convolution, doubled at each halving of the image")  # fmt: skip
+    add("--seed", type=number(int, 0, 2**31), default=0, help="seed of everything random")
+    add("--device", default="auto", help="auto (an accelerator, or else the CPU), cpu, cuda, mps")
+    add("--data", default="auto",
+        help="mnist, fashion-mnist, cifar10, synthetic, or a folder of pictures whose sub-folders "
+        "are the classes; auto: mnist, or synthetic where mnist is not to be had")  # fmt: skip
+    add("--data-dir", type=Path, default=script.parent / "data", help="where data sets are kept")
+    add("--image-size", type=image_size, help="side in pixels; by default the data's own, at most 64")
+    add("--translate", type=number(float, 0, 0.5), default=0.0,
+        help="shift training images at random by up to this fraction, both ways")  # fmt: skip
+    add("--out", type=Path, default=script.parent, help="folder of the files written")
+    add("--log-every", type=number(int, 1), default=100, help="steps per row of the CSV")
+    add("--score", action="store_true",
+        help="at each epoch's end, measure the quality of 10,000 samples (see README.md)")  # fmt: skip
+    add("--generate", type=number(int, 1), metavar="N",
+        help="no training: write N samples of the checkpoint as single PNG files")  # fmt: skip
+    add("--dry-run", action="store_true", help="two steps on a small slice, then all the files")
+    return parser
+
+
+def parse(parser):
+    """Parse the command line, choose the device and the name of the files, check the folders.
+
+    With --generate, the flags that describe the networks and the data come from the checkpoint.
+    """
+    args = parser.parse_args()
+    args.name = Path(parser.prog).stem
+    args.checkpoint = None
+    if args.generate:
+        args.checkpoint = load_checkpoint(args.out / f"{args.name}.pt", args.name)
+        parser.set_defaults(**args.checkpoint["flags"])
+        args = parser.parse_args(namespace=argparse.Namespace(name=args.name, checkpoint=args.checkpoint))
+    if args.device == "auto":
+        found = torch.accelerator.is_available()
+        args.device = torch.accelerator.current_accelerator().type if found else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {first_line(error)}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        fail(f"--out {args.out} cannot be written: {error.strerror}")
+    if args.dry_run:
+        args.epochs = 1
+    torch.manual_seed(args.seed)
+    return args
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """A training and a test set: images (N, C, H, W) uint8, labels (N,) int64, class names."""
+
+    def __init__(self, name, train, test, classes):
+        self.name, self.classes = name, classes
+        (self.x_train, self.y_train), (self.x_test, self.y_test) = train, test
+        self.shape = tuple(self.x_train.shape[1:])  # (C, H, W)
+
+    def to(self, device):
+        for key in ("x_train", "y_train", "x_test", "y_test"):
+            setattr(self, key, getattr(self, key).to(device))
+        return self
+
+    def batches(self, batch_size, translate=0.0):
+        """One epoch in a fresh random order; yields x (B, C, H, W) in [0, 1] and y (B,).
+
+        The last partial batch is dropped.
+        """
+        order = torch.randperm(len(self.x_train)).to(self.x_train.device)
+        for index in order.split(batch_size)[: len(order) // batch_size]:
+            x = self.x_train[index].float() / 255
+            yield shift(x, translate) if translate else x, self.y_train[index]
+
+    def test_batches(self, batch_size=1000):
+        """The test set in order; yields x in [0, 1] and y."""
+        for x, y in zip(self.x_test.split(batch_size), self.y_test.split(batch_size)):
+            yield x.float() / 255, y
+
+
+def shift(x, fraction):
+    """Shift each image of x (B, C, H, W) by whole pixels, up to `fraction` of its sides; black comes in."""
+    b, _, h, w = x.shape
+    sides = torch.tensor([w, h], device=x.device)
+    pixels = ((torch.rand(b, 2, device=x.device) * 2 - 1) * fraction * sides).round()
+    theta = torch.eye(2, 3, device=x.device).repeat(b, 1, 1)
+    theta[:, :, 2] = 2 * pixels / sides
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), "nearest", align_corners=False)
+
+
+class NoData(Exception):
+    """A data set is neither on disk nor to be downloaded."""
+
+
+def load_data(args):
+    """The data set that --data names, on --device; one line and status 2 if it cannot be used."""
+    if args.generate and not args.score:  # the networks need the shape and the classes, nothing else
+        c, h, w = args.checkpoint["shape"]
+        none = torch.empty(0, c, h, w, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        return Data(args.checkpoint["data"], none, none, args.checkpoint["classes"])
+    name = "mnist" if args.data == "auto" else args.data
+    try:
+        if name in TORCHVISION:
+            data = load_torchvision(name, args.data_dir)
+        elif name == "synthetic":
+            data = synthetic(args)
+        else:
+            data = load_folder(Path(name), args.image_size)
+    except NoData as error:
+        if args.data != "auto":
+            fail(f"--data {name}: {error}")
+        print(f"Training on the built-in synthetic digits: {error}")
+        data = synthetic(args)
+    if args.image_size and args.image_size != data.shape[1]:
+        size = [args.image_size] * 2
+        for key in ("x_train", "x_test"):
+            parts = getattr(data, key).split(5000)
+            setattr(data, key, torch.cat([resize(x, size, antialias=True) for x in parts]))
+        data.shape = (data.shape[0], *size)
+    if args.dry_run:
+        n, m = 2 * args.batch_size, 200
+        data.x_train, data.y_train = data.x_train[:n], data.y_train[:n]
+        data.x_test, data.y_test = data.x_test[:m], data.y_test[:m]
+    if len(data.x_train) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training images")
+    return data.to(args.device)
+
+
+TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+IDX_BYTES = {  # of MNIST and Fashion-MNIST alike
+    "train-images-idx3-ubyte": 47_040_016, "train-labels-idx1-ubyte": 60_008,
+    "t10k-images-idx3-ubyte": 7_840_016, "t10k-labels-idx1-ubyte": 10_008,
+}  # fmt: skip
+
+
+def load_torchvision(name, root):
+    """MNIST, Fashion-MNIST or CIFAR-10 as torchvision keeps them under `root`, fetched if need be."""
+    kind = TORCHVISION[name]
+    folder = root / kind.__name__ / "raw" if name != "cifar10" else root
+    for path in folder.glob("*-ubyte"):
+        if path.stat().st_size != IDX_BYTES.get(path.name, path.stat().st_size):
+            fail(f"{path} is damaged: it has {path.stat().st_size} bytes, not {IDX_BYTES[path.name]}")
+    try:
+        train, test = kind(root, train=True), kind(root, train=False)
+    except RuntimeError:  # not there, or not all of it
+        try:
+            fetch(kind, root)
+            train, test = kind(root, train=True), kind(root, train=False)
+        except (OSError, RuntimeError) as error:
+            files = [kind.filename] if name == "cifar10" else [file for file, _ in kind.resources]
+            raise NoData(
+                f"{kind.__name__} is not in {root} and could not be downloaded "
+                f"({first_line(error)}); to use it, put {', '.join(files)} into {folder}"
+            ) from None
+    x = [torch.as_tensor(part.data) for part in (train, test)]
+    x = [part[:, None] if part.dim() == 3 else part.permute(0, 3, 1, 2).contiguous() for part in x]
+    y = [torch.as_tensor(part.targets) for part in (train, test)]
+    return Data(name, (x[0], y[0]), (x[1], y[1]), list(train.classes))
+
+
+def fetch(kind, root, patience=20):
+    """Download and unpack a torchvision set into `root`; OSError or RuntimeError if it cannot be.
+
+    All happens in a temporary folder, file by file renamed when complete, so that several first
+    runs at once, or a killed one, leave nothing half-written. Packed files that lie in `root`
+    already are checked and used. After `patience` seconds without a new byte it gives up.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-", ignore_cleanup_errors=True) as tmp:
+        tmp = Path(tmp)
+        for packed in [*root.glob("*/raw/*.gz"), *root.glob("*.tar.gz")]:
+            copy = tmp / packed.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(packed, copy)
+        result = []
+
+        def work():
+            try:
+                kind(tmp, download=True)
+                result.append(None)
+            except Exception as error:
+                result.append(error)
+
+        def size():
+            return sum(path.stat().st_size for path in tmp.rglob("*") if path.is_file())
+
+        thread = threading.Thread(target=work, daemon=True)  # a daemon: a hanging one must not keep us
+        thread.start()
+        seen, since = -1, time.monotonic()
+        while thread.is_alive():
+            thread.join(0.2)
+            if size() != seen:
+                seen, since = size(), time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise OSError(f"nothing came for {patience} seconds")
+        if result[0]:
+            raise result[0]
+        for path in [path for path in tmp.rglob("*") if path.is_file()]:
+            if path.suffix != ".gz":
+                target = root / path.relative_to(tmp)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+
+
+def load_folder(folder, size):
+    """Pictures as colour or, if all are grey, grey images, cropped to a square in their middle.
+
+    Sub-folders are the classes. FOLDER/train and FOLDER/test are the two sets; where they are
+    missing every tenth picture is a test picture.
+    """
+    if not folder.is_dir():
+        fail(f"--data {folder}: neither a known data set nor a folder")
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        (train, y_train, classes), (test, y_test, _) = (list_folder(folder / s) for s in ("train", "test"))
+    else:
+        paths, y, classes = list_folder(folder)
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = -(-len(paths) // 10)
+        (test, y_test), (train, y_train) = (
+            ([paths[i] for i in part], [y[i] for i in part]) for part in (order[:cut], order[cut:])
+        )
+    if not size:
+        with Image.open(train[0]) as first:
+            size = max(8, min(64, *first.size) // 4 * 4)
+    sets = [decode(paths, y, size) for paths, y in ((train, y_train), (test, y_test))]
+    if all((x == x[:, :1]).all() for x, _ in sets):
+        sets = [(x[:, :1].contiguous(), y) for x, y in sets]
+    return Data(str(folder.resolve()), *sets, classes)
+
+
+def list_folder(folder):
+    """The pictures under `folder`: their paths, their labels, and the names of the classes."""
+    def pictures(paths):
+        return sorted(p for p in paths if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+
+    loose = pictures(folder.iterdir())
+    classes = {d: pictures(d.rglob("*")) for d in sorted(folder.iterdir()) if d.is_dir()}
+    classes = {d.name: paths for d, paths in classes.items() if paths}
+    if loose and classes:
+        fail(f"--data {folder}: has pictures both beside and inside its sub-folders")
+    if not loose and not classes:
+        fail(f"--data {folder}: no pictures in it")
+    classes = classes or {folder.name: loose}
+    paths = [path for paths in classes.values() for path in paths]
+    labels = [i for i, paths in enumerate(classes.values()) for _ in paths]
+    return paths, labels, list(classes)
+
+
+def decode(paths, labels, size):
+    """Read pictures of any kind as (N, 3, size, size) uint8; unreadable ones are named and skipped."""
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(lambda path: decode_one(path, size), paths))
+    broken = [str(path) for path, image in zip(paths, images) if image is None]
+    if broken:
+        print(f"Skipped {len(broken)} pictures that cannot be read: {', '.join(broken)}")
+    if len(broken) == len(paths):
+        fail("no picture could be read")
+    labels = [label for label, image in zip(labels, images) if image is not None]
+    return torch.stack([image for image in images if image is not None]), torch.tensor(labels)
+
+
+def decode_one(path, size):
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (size, size))  # large JPEGs are decoded at a fraction of their size
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey
+                image = image.convert("I").point(lambda value: value / 257 + 0).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def synthetic(args):
+    """60,000 + 10,000 digits in the form of MNIST, drawn from Pillow's built-in font and warped."""
+    n, m = (2 * args.batch_size, 200) if args.dry_run else (60_000, 10_000)
+    return Data("synthetic", draw_digits(n, seed=1), draw_digits(m, seed=2), list("0123456789"))
+
+
+def draw_digits(n, seed):
+    """n digits (n, 1, 28, 28) uint8 and their labels: affine and elastic warps, varying strokes."""
+    font = ImageFont.load_default(size=46)
+    glyphs = []
+    for digit in "0123456789":
+        glyph = Image.new("L", (64, 64))
+        ImageDraw.Draw(glyph).text((32, 32), digit, fill=255, font=font, anchor="mm")
+        glyphs.append(pil_to_tensor(glyph))
+    glyphs = gaussian_blur(torch.stack(glyphs).float() / 255, [9, 9], [2.0, 2.0])
+    random = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *size):
+        return low + (high - low) * torch.rand(*size, generator=random)
+
+    labels = torch.randint(10, (n,), generator=random)
+    images = []
+    for y in labels.split(5000):
+        b = len(y)
+        angle, shear = uniform(-0.25, 0.25, b), uniform(-0.3, 0.3, b)
+        zoom_x, zoom_y = uniform(0.75, 1.25, b), uniform(0.75, 1.0, b)
+        theta = torch.stack([
+            zoom_x * angle.cos(), zoom_x * (shear - angle.sin()), uniform(-0.1, 0.1, b),
+            zoom_y * angle.sin(), zoom_y * angle.cos(), uniform(-0.1, 0.1, b),
+        ], 1).view(b, 2, 3)  # fmt: skip
+        elastic = F.interpolate(torch.randn(b, 2, 4, 4, generator=random) * 0.07, 28, mode="bicubic")
+        grid = F.affine_grid(theta, (b, 1, 28, 28), align_corners=False) + elastic.permute(0, 2, 3, 1)
+        x = F.grid_sample(glyphs[y], grid, align_corners=False)
+        edge = uniform(0.15, 0.45, b, 1, 1, 1)  # where the blurred stroke ends: its thickness
+        images.append((((x - edge) * 5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(images), labels
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
+def mlp(sizes, norm=False, activation=nn.ReLU, dropout=0.0):
+    """Linear layers of these sizes; after each but the last: batch norm, activation, dropout."""
+    layers = []
+    for n_in, n_out in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(n_in, n_out)]
+        layers += [nn.BatchNorm1d(n_out)] if norm else []
+        layers += [activation()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+def conv_plan(image_size, width):
+    """Sides and channels after each halving, to a side of at most 7: (28, 16) -> [14, 7], [16, 32]."""
+    sides = [image_size // 2]
+    while sides[-1] > 7 and sides[-1] % 2 == 0:
+        sides.append(sides[-1] // 2)
+    return sides, [width * 2**i for i in range(len(sides))]
+
+
+def conv_down(shape, width, norm):
+    """Convolutions that halve the sides of images of `shape`, and the shape (C', H', W') they lead to."""
+    sides, channels = conv_plan(shape[1], width)
+    layers = []
+    for c_in, c_out in zip([shape[0], *channels], channels):
+        layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)]
+        layers += [nn.BatchNorm2d(c_out)] if norm else []
+        layers += [nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers), (channels[-1], sides[-1], sides[-1])
+
+
+def conv_encoder(shape, width, out_dim, norm=True):
+    """(B, C, H, W) in [0, 1] -> (B, out_dim)."""
+    convs, inner = conv_down(shape, width, norm)
+    network = nn.Sequential(convs, nn.Flatten(), nn.Linear(math.prod(inner), out_dim))
+    return network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+
+
+def conv_decoder(shape, width, latent_dim, norm=True):
+    """(B, latent_dim) -> logits (B, C, H, W).
+
+    Transposed convolutions double the sides; one more convolution at full size draws the lines. At
+    the small sizes, where channels cost little, it has twice the encoder's.
+    """
+    sides, channels = conv_plan(shape[1], width)
+    channels = [2 * c for c in channels[:0:-1]] + [width, width]
+    layers = [nn.Linear(latent_dim, channels[0] * sides[-1] ** 2)]
+    layers += [nn.Unflatten(1, (channels[0], sides[-1], sides[-1]))]
+    for i, c in enumerate(channels):
+        layers += [nn.ConvTranspose2d(channels[i - 1], c, 4, stride=2, padding=1)] if i else []
+        layers += [nn.BatchNorm2d(c)] if norm else []
+        layers += [nn.ReLU()]
+    layers += [nn.Conv2d(width, shape[0], 3, padding=1)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class ConvDiscriminator(nn.Module):
+    """(B, C, H, W) in [0, 1] -> logits (B,) = head(features(x)).
+
+    The features are the bare output of the last convolution but one: (B, C', H', W'). No batch
+    norm: real and generated images may share a batch, and the network serves as a critic too.
+    """
+
+    def __init__(self, shape, width):
+        super().__init__()
+        convs, (c, h, w) = conv_down(shape, width, norm=False)
+        self.body = convs[:-1]  # without the last activation
+        self.top = nn.Sequential(
+            nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(2 * c * ((h + 1) // 2) * ((w + 1) // 2), 1),
+        )  # fmt: skip
+        for layer in self.modules():  # He et al. 2015: torch's own start is too timid for one epoch
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x):
+        return self.body(2 * x - 1)
+
+    def head(self, h):
+        return self.top(h).squeeze(1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def make_optimizer(args, network, lr, betas=(0.9, 0.999)):
+    """The optimiser that --opt names. `betas` are Adam's; sgd has momentum 0.9."""
+    if args.opt == "adam":
+        return torch.optim.Adam(network.parameters(), lr, betas=betas, fused=True)
+    if args.opt == "rmsprop":
+        return torch.optim.RMSprop(network.parameters(), lr)
+    return torch.optim.SGD(network.parameters(), lr, momentum=0.9)
+
+
+def average(network):
+    """A copy of `network`, in eval mode, for update_average() to keep."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(averaged, network, decay):
+    """Move the weights and batch statistics of `averaged` towards those of `network` by 1 - decay."""
+    for a, b in zip(averaged.state_dict().values(), network.state_dict().values()):
+        a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+
+
+def reparameterize(mu, logvar):
+    """z ~ N(mu, sigma^2), differentiable in both; all (B, latent_dim)."""
+    return mu + (logvar / 2).exp() * torch.randn_like(mu)
+
+
+def kl_divergence(mu, logvar):
+    """KL(N(mu, sigma^2) || N(0, I)) in nats, (B,): summed over the latent dimensions.
+
+    1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2), Kingma & Welling 2014, appendix B.
+    """
+    return (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
+
+
+def interpolate(z_from, z_to):
+    """From each z_from to its z_to, both (N, latent_dim), in steps of 0.2: (6 N, latent_dim)."""
+    t = torch.linspace(0, 1, 6, device=z_from.device)[:, None]
+    return torch.lerp(z_from[:, None], z_to[:, None], t).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Score
+
+
+class Score:
+    """Sample quality as numbers, from the features of a small classifier of the data at hand.
+
+    Score(data, args)(x, y) takes samples x (N, C, H, W) in [0, 1] and, for conditional models, the
+    labels y (N,) that were asked for. It returns
+
+    fd               Frechet distance of the samples to the test set: Gaussians fitted to the 64
+                     features before the classifier's last layer (Heusel et al. 2017, arXiv
+                     1706.08500, with another network: not comparable to Inception FID)
+    classes          how many classes hold at least a tenth of an equal share of the samples
+    class_kl         KL(classes of the samples || classes of the test set), nats
+    precision        share of samples within the test set's manifold, and
+    recall           share of the test set within the samples' manifold, both of 3-nearest-neighbour
+                     balls in the features (Kynkaanniemi et al. 2019, arXiv 1904.06991)
+    label_accuracy   share of samples that the classifier gives the label asked for
+    """
+
+    def __init__(self, data, args):
+        self.data, self.network = data, load_classifier(data, args)
+        self.real, _ = self.features(data.x_test)
+
+    @torch.no_grad()
+    def features(self, x):
+        """Features (N, 64) and predicted classes (N,) of images, uint8 or in [0, 1]."""
+        parts = [part / 255 if part.dtype == torch.uint8 else part for part in x.split(1000)]
+        f = torch.cat([self.network[:-1](part) for part in parts])
+        return f, self.network[-1](f).argmax(1)
+
+    def __call__(self, x, y=None):
+        f, predicted = self.features(x)
+        n = len(self.data.classes)
+        p, q = (labels.bincount(minlength=n) / len(labels) for labels in (predicted, self.data.y_test))
+        numbers = {
+            "fd": frechet_distance(f, self.real),
+            "classes": int((p >= 0.1 / n).sum()),
+            "class_kl": torch.special.xlogy(p, p / q.clamp(min=1e-6)).sum().item(),
+            **precision_recall(f, self.real),
+        }
+        if y is not None:
+            numbers["label_accuracy"] = (predicted == y).float().mean().item()
+        return numbers
+
+
+def frechet_distance(f, g):
+    """|m_f - m_g|^2 + tr(C_f + C_g - 2 (C_f C_g)^(1/2)) of features f (N, D), g (M, D)."""
+    f, g = f.double().cpu(), g.double().cpu()
+    c_f, c_g = f.T.cov(), g.T.cov()
+    values, vectors = torch.linalg.eigh(c_f)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c_g @ root).clamp(min=0).sqrt().sum()
+    return ((f.mean(0) - g.mean(0)).square().sum() + c_f.trace() + c_g.trace() - 2 * cross).item()
+
+
+def precision_recall(fake, real, k=3):
+    """Shares of fake (N, D) and real (M, D) that lie in a k-nearest-neighbour ball of the other."""
+
+    def covered(points, centres):
+        radii = torch.cat([torch.cdist(part, centres).topk(k + 1, largest=False).values[:, -1] for part in centres.split(1000)])
+        return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]).float().mean().item()
+
+    return {"precision": covered(fake, real), "recall": covered(real, fake)}
+
+
+def load_classifier(data, args):
+    """A small convolutional classifier of `data`, trained once and kept in --data-dir.
+
+    MNIST: 99.3% of the test set. Each data set at each image size has its own, found by a checksum.
+    """
+    c, h, w = data.shape
+    side = (h // 4) * (w // 4)
+    network = nn.Sequential(
+        nn.Conv2d(c, 16, 5, padding=2), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * side, 64), nn.ReLU(), nn.Linear(64, len(data.classes)),
+    )  # fmt: skip
+    checksum = zlib.crc32(data.x_train.cpu().numpy())
+    path = args.data_dir / f"classifier-{Path(data.name).name}-{checksum:08x}.pt"
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return network.to(args.device).eval()
+    except FileNotFoundError:
+        pass
+    print(f"Training the classifier that scores samples, once: {path}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in network:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        network.to(args.device)
+        epochs, batch_size = 4, min(128, len(data.x_train))
+        opt = torch.optim.Adam(network.parameters())
+        steps = epochs * (len(data.x_train) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
+        for _ in range(epochs):
+            for x, y in data.batches(batch_size):
+                loss = F.cross_entropy(network(x), y)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+    network.eval()
+    with torch.no_grad():
+        right = sum((network(x).argmax(1) == y).sum().item() for x, y in data.test_batches())
+    print(f"It names {100 * right / len(data.x_test):.1f}% of the test set right.")
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, buffer.getvalue())
+    return network
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def write_file(path, content):
+    """Write bytes so that `path` holds either its old content or all of the new."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def save_png(path, x):
+    """One image (C, H, W) with values in [0, 1]."""
+    x = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    content = io.BytesIO()
+    to_pil_image(x).save(content, format="png")
+    write_file(path, content.getvalue())
+
+
+def load_checkpoint(path, name):
+    """The checkpoint of script `name` as a dict on the CPU; one line and status 2 if it is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] == name:
+            return checkpoint
+        fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}: train first")
+    except Exception as error:  # whatever unpickling a foreign or truncated file runs into
+        fail(f"{path} is not a whole checkpoint of {name}.py ({first_line(error)})")
+
+
+class Run:
+    """The files of one run, and what it says on the screen.
+
+    `networks` and `optimizers`: dicts, by the names that they have in the checkpoint. The CSV has
+    a row every --log-every steps and at each epoch's end.
+    """
+
+    def __init__(self, args, data, networks, optimizers):
+        self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
+        self.rows, self.progress = [], []
+        self.score = Score(data, args) if args.score else None
+        self.epoch = self.step = self.seconds = 0
+        self.steps_per_epoch = len(data.x_train) // args.batch_size
+        if args.checkpoint:
+            for name, network in networks.items():
+                network.load_state_dict(args.checkpoint["networks"][name])
+            return
+        flags = ", ".join(f"{key} {value}" for key, value in self.flags().items())
+        print(f"{args.name}.py on {args.device} with {data.name} ({len(data.x_train)} images): {flags}")
+
+    def path(self, what):
+        return self.args.out / f"{self.args.name}{what}"
+
+    def flags(self):
+        """The flags that make the run what it is: not those that say where it runs and writes."""
+        apart = ("name", "checkpoint", "out", "device", "data_dir", "generate", "score", "dry_run", "log_every")
+        return {key: value for key, value in vars(self.args).items() if key not in apart}
+
+    def epochs(self):
+        """Epoch numbers from 1. Each epoch's randomness depends on --seed and its number alone."""
+        for self.epoch in range(self.epoch + 1, self.args.epochs + 1):
+            torch.manual_seed(self.args.seed * 100_003 + self.epoch)
+            self.start, self.sums, self.count = time.monotonic(), 0, 0
+            yield self.epoch
+        print(f"Pictures, losses and checkpoint: {self.path('*')}")
+
+    def log(self, losses):
+        """After every step: a dict of detached scalars, whose means over the interval make a row."""
+        self.sums = self.sums + torch.stack(list(losses.values()))
+        self.count += 1
+        self.step += 1
+        done = self.step - (self.epoch - 1) * self.steps_per_epoch
+        if self.args.lr_schedule == "linear":
+            left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * left
+        if self.step % self.args.log_every and done < self.steps_per_epoch:
+            return
+        means = (self.sums / self.count).tolist()
+        self.sums, self.count = 0, 0
+        seconds = self.seconds + time.monotonic() - self.start
+        if done == self.steps_per_epoch:
+            self.seconds = seconds
+        self.rows.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 2)})
+        self.rows[-1].update(zip(losses, means))
+        self.write_csv()
+        if sys.stdout.isatty():
+            print(f"\r{self.line(f'{100 * done // self.steps_per_epoch}%')}\033[K", end="", flush=True)
+
+    def end_epoch(self, samples, draw, test=None):
+        """Complete the epoch's last CSV row, add a row to the progress picture, save the checkpoint.
+
+        `draw` is for --score; see generate().
+        """
+        self.rows[-1].update(test or {})
+        if self.score:
+            self.rows[-1].update(self.score(*self.draw(draw, 10_000)))
+        self.write_csv()
+        self.progress.append((samples[:10].detach().cpu() * 255).round().to(torch.uint8))
+        self.save_grid("progress", torch.cat(self.progress).float() / 255, 10)
+        buffer = io.BytesIO()
+        torch.save(self.state(), buffer)
+        write_file(self.path(".pt"), buffer.getvalue())
+        print(("\r" if sys.stdout.isatty() else "") + self.line(), end="\033[K\n" if sys.stdout.isatty() else "\n")
+
+    def line(self, where=""):
+        row = dict(self.rows[-1])
+        epoch, _, seconds = row.pop("epoch"), row.pop("step"), row.pop("seconds")
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        return f"epoch {epoch:>{len(str(self.args.epochs))}}/{self.args.epochs} {where} {seconds:6.1f} s  {numbers}"
+
+    def write_csv(self):
+        text = io.StringIO()
+        columns = dict.fromkeys(key for row in self.rows for key in row)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        write_file(self.path(".csv"), text.getvalue().encode())
+
+    def save_grid(self, what, images, columns=8):
+        """NAME_what.png: images (N, C, H, W) in [0, 1], row by row."""
+        save_png(self.path(f"_{what}.png"), make_grid(images.detach().cpu(), columns, padding=2))
+
+    def state(self):
+        return {
+            "script": self.args.name, "epoch": self.epoch, "flags": self.flags(),
+            "data": self.data.name, "shape": self.data.shape, "classes": self.data.classes,
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "rows": self.rows, "progress": torch.cat(self.progress), "seconds": self.seconds,
+        }  # fmt: skip
+
+    def draw(self, draw, n):
+        """Samples and labels from a script's draw(n): n images in [0, 1], or a pair with their labels."""
+        drawn = draw(n)
+        return drawn if isinstance(drawn, tuple) else (drawn, None)
+
+    def generate(self, draw):
+        """Write --generate samples as single PNG files, in a folder per label if there are labels."""
+        folder = self.path("_generated")
+        shutil.rmtree(folder, ignore_errors=True)
+        n = self.args.generate
+        for start in range(0, n, 1000):
+            images, labels = self.draw(draw, min(1000, n - start))
+            for i, x in enumerate(images):
+                part = folder if labels is None else folder / self.data.classes[labels[i]]
+                part.mkdir(parents=True, exist_ok=True)
+                save_png(part / f"{start + i:06}.png", x)
+        print(f"Wrote {n} samples to {folder}")
+        if self.score:
+            numbers = self.score(*self.draw(draw, 10_000))
+            print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))

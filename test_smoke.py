@@ -1,0 +1,361 @@
+"""Tests of the collection: python test_smoke.py (pytest collects it too). No network, no data needed.
+
+Every script runs through its real command line on the built-in synthetic digits; the maths that must
+hold is checked in process.
+"""
+
+import ast
+import contextlib
+import csv
+import importlib
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import common  # noqa: E402
+
+SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("common", "test_smoke"))
+GRIDS = {"samples": (8, 8), "progress": (10, 1), "reconstructions": (8, 8), "interpolation": (6, 16)}
+PICTURES = {
+    "vae": ["samples", "progress", "reconstructions", "interpolation"],
+    "vaegan": ["samples", "progress", "reconstructions", "interpolation"],
+}
+COLUMNS = {
+    "vae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
+    "vaegan": "loss_d loss_g loss_kl loss_features d_real d_recon d_fake",
+}
+
+
+def load(script, *flags):
+    """The script as a module, and what its command line with these flags parses to."""
+    module = importlib.import_module(script)
+    with mock.patch.object(sys, "argv", [f"{script}.py", *map(str, flags)]):
+        return module, module.parse_args()
+
+
+def call(script, *flags):
+    """Run a script in this process, as its command line would; what it printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        module, args = load(script, "--data", "synthetic", *flags)
+        module.main(args)
+    return output.getvalue()
+
+
+def values(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+class TemporaryFolder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.tmp = Path(folder.name)
+
+
+class CommandLine(TemporaryFolder):
+    def check_files(self, script, out, pictures=None):
+        """The expected files and no others, all of them sound; returns the CSV's losses."""
+        pictures = pictures or PICTURES[script]
+        expected = {f"{script}.csv", f"{script}.pt", *(f"{script}_{name}.png" for name in pictures)}
+        self.assertEqual({path.name for path in out.iterdir()}, expected)
+        for name in pictures:
+            with Image.open(out / f"{script}_{name}.png") as image:
+                low, high = image.convert("L").getextrema()
+                self.assertLess(low, high, name)
+                if name in GRIDS:
+                    self.assertEqual(image.size, tuple(30 * side + 2 for side in GRIDS[name]), name)
+        with open(out / f"{script}.csv", newline="") as file:
+            header, *rows = csv.reader(file)
+        self.assertEqual(header, ["epoch", "step", "seconds", *COLUMNS[script].split()])
+        self.assertEqual([row[:2] for row in rows], [["1", "2"]])
+        self.assertTrue(all(math.isfinite(float(cell)) for row in rows for cell in row), rows)
+        return [row[3:] for row in rows]
+
+    def test_every_script(self):
+        """By the real command line, from another folder; then again in this process: the same losses."""
+        cwd = self.tmp / "cwd"
+        cwd.mkdir()
+        for script in SCRIPTS:
+            with self.subTest(script):
+                out, again = self.tmp / script, self.tmp / "again" / script
+                command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--data", "synthetic"]
+                done = subprocess.run([*command, "--out", out], cwd=cwd, capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual(list(cwd.iterdir()), [])
+                losses = self.check_files(script, out)
+                call(script, "--dry-run", "--out", again, "--log-every", 7)
+                self.assertEqual(self.check_files(script, again), losses)
+                call(script, "--generate", 3, "--out", again)
+                pictures = sorted((again / f"{script}_generated").rglob("*.png"))
+                self.assertEqual(len({path.read_bytes() for path in pictures}), 3)
+
+    def test_other_ways_to_train(self):
+        def check(script, *flags, pictures=None):
+            with tempfile.TemporaryDirectory() as out:
+                call(script, "--dry-run", "--out", out, *flags)
+                self.check_files(script, Path(out), pictures)
+
+        plane = [*PICTURES["vae"], "manifold", "latent"]
+        check("vae", "--latent-dim", 2, "--binarize", "--norm", "none", pictures=plane)
+        check("vae", "--arch", "conv", "--recon", "mse", "--opt", "rmsprop", "--translate", 0.1)
+        check("vaegan", "--opt", "rmsprop", "--lr-schedule", "linear")
+
+    def test_colour_pictures(self):
+        for i in range(40):
+            path = self.tmp / "pictures" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((20, 16), 50).convert("RGB").save(path)
+            Image.merge("RGB", [Image.effect_noise((20, 16), 50) for _ in "rgb"]).save(path)
+        out = self.tmp / "out"
+        call("vaegan", "--data", self.tmp / "pictures", "--dry-run", "--batch-size", 4, "--out", out)
+        with Image.open(out / "vaegan_samples.png") as image:
+            self.assertEqual((image.mode, image.size), ("RGB", (8 * 18 + 2, 8 * 18 + 2)))
+
+    def test_help(self):
+        shared = set()
+        for script in SCRIPTS:
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), self.assertRaises(SystemExit) as end:
+                load(script, "--help")
+            self.assertEqual(end.exception.code, 0)
+            text = " ".join(output.getvalue().split("options:")[1].split())
+            flags = [flag.split("(default")[0] for flag in text.split(" --")]
+            shared.add(tuple(flags[: [flag[:7] for flag in flags].index("dry-run") + 1]))
+        self.assertEqual(len(shared), 1, "the shared flags read differently")
+
+    def test_documented_commands(self):
+        """The commands of README and docstrings are parsed, so that they cannot drift."""
+        text = (HERE / "README.md").read_text() + "".join(importlib.import_module(s).__doc__ for s in SCRIPTS)
+        commands = re.findall(r"(?:python|uv run) (\w+)\.py([^`\n]*)", text)
+        self.assertGreater(len(commands), 2 * len(SCRIPTS))
+        for script, flags in commands:
+            if script in SCRIPTS and "--generate" not in flags:
+                with self.subTest(f"{script} {flags}"):
+                    load(script, *flags.replace("FOLDER", str(self.tmp)).split(), "--out", self.tmp)
+
+    def test_bad_input(self):
+        """One line and status 2, before any training."""
+        empty, mixed, short = self.tmp / "empty", self.tmp / "mixed", self.tmp / "short"
+        raw = short / "MNIST" / "raw"
+        for folder in (empty, mixed / "class", raw):
+            folder.mkdir(parents=True)
+        for path in (mixed / "a.png", mixed / "class" / "b.png"):
+            Image.new("L", (8, 8)).save(path)
+        for name in common.IDX_BYTES:
+            (raw / name).write_bytes(b"\0" * 100)
+        (self.tmp / "file").write_text("")
+        cases = {
+            ("--epochs", -1): "--epochs: must be a whole number",
+            ("--epochs", 1.5): "--epochs: must be a whole number",
+            ("--lr", "nan"): "--lr: must be a number",
+            ("--batch-size", 0): "--batch-size: must be",
+            ("--batch-size", 70_000, "--data", "synthetic"): "more than the 60000 training images",
+            ("--latent-dim", 0): "--latent-dim: must be",
+            ("--gamma", -1): "--gamma: must be",
+            ("--image-size", 30): "--image-size: must be a multiple of 4",
+            ("--device", "nonsense"): "--device nonsense cannot be used",
+            ("--data", "nowhere"): "neither a known data set nor a folder",
+            ("--data", empty): "no pictures",
+            ("--data", mixed): "beside and inside",
+            ("--data", "synthetic", "--out", self.tmp / "file" / "x"): "cannot be written",
+            ("--data-dir", short): "is damaged",
+            ("--generate", 5, "--out", empty): "train first",
+            ("--nonsense",): "unrecognized arguments",
+        }
+        if not torch.cuda.is_available():
+            cases["--device", "cuda"] = "--device cuda cannot be used"
+        for flags, message in cases.items():
+            with self.subTest(flags=flags):
+                error, flags = io.StringIO(), ["vaegan.py", "--out", self.tmp, *flags]
+                with mock.patch.object(sys, "argv", [str(flag) for flag in flags]):
+                    with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+                        module = importlib.import_module("vaegan")
+                        common.load_data(module.parse_args())
+                self.assertEqual(end.exception.code, 2)
+                self.assertIn(message, error.getvalue())
+                self.assertEqual(error.getvalue().count("\n"), 1, error.getvalue())
+
+    def test_source(self):
+        """Only torch, torchvision, the standard library and common; no side effects of an import."""
+        allowed = {*sys.stdlib_module_names, "torch", "torchvision", "common", "PIL", "matplotlib"}
+        for path in [HERE / "common.py", *(HERE / f"{script}.py" for script in SCRIPTS)]:
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                for name in names:
+                    self.assertIn(name.split(".")[0], allowed, path.name)
+        code = "import torch; before = torch.get_rng_state()\n"
+        code += "".join(f"import {script}\n" for script in SCRIPTS)
+        code += "assert torch.equal(before, torch.get_rng_state())"
+        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=self.tmp, env=env, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        self.assertEqual(list(self.tmp.iterdir()), [])
+
+
+class Data(TemporaryFolder):
+    def test_synthetic_digits(self):
+        x, y = common.draw_digits(500, seed=1)
+        self.assertEqual((x.shape, x.dtype, y.dtype), ((500, 1, 28, 28), torch.uint8, torch.int64))
+        self.assertEqual(set(y.tolist()), set(range(10)))
+        self.assertTrue(torch.equal(x, common.draw_digits(500, seed=1)[0]))
+
+    def test_folder_of_all_kinds_of_pictures(self):
+        square = (16, 16)
+        pictures = {
+            "palette.png": Image.new("RGB", square, (200, 100, 50)).quantize(4),
+            "cmyk.jpg": Image.new("CMYK", square, (0, 0, 0, 0)),
+            "deep.png": Image.new("I;16", square, 51400),  # 200 * 257
+            "clear.png": Image.new("RGBA", square, (0, 0, 0, 0)),
+            "grey.png": Image.new("L", square, 200),
+        }
+        paths = [self.tmp / name for name in pictures]
+        for path, picture in zip(paths, pictures.values()):
+            picture.save(path)
+        x, _ = common.decode(paths, [0] * 5, 8)
+        seen = [tuple(image[:, 4, 4].tolist()) for image in x]
+        self.assertEqual(seen, [(200, 100, 50), (255,) * 3, (200,) * 3, (255,) * 3, (200,) * 3])
+
+    def test_shift_moves_by_whole_pixels_both_ways(self):
+        x = torch.zeros(200, 1, 20, 20)
+        x[:, :, 10, 10] = 1
+        where = common.shift(x, 0.1).flatten(1).nonzero()[:, 1]
+        self.assertEqual((where // 20).unique().tolist(), [8, 9, 10, 11, 12])
+        self.assertEqual((where % 20).unique().tolist(), [8, 9, 10, 11, 12])
+        self.assertEqual(len(where), 200)
+
+    def test_mnist_that_cannot_be_had(self):
+        """auto trains on the synthetic digits and says why; an explicit mnist ends with advice."""
+        for data in ("auto", "mnist"):
+            _, args = load("vaegan", "--data", data, "--dry-run", "--data-dir", self.tmp / data, "--out", self.tmp)
+            output = io.StringIO()
+            with mock.patch.object(common, "fetch", side_effect=OSError("no network")):
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                    if data == "auto":
+                        self.assertEqual(common.load_data(args).name, "synthetic")
+                    else:
+                        self.assertRaises(SystemExit, common.load_data, args)
+            self.assertEqual(output.getvalue().count("\n"), 1)
+            for part in ("no network", "t10k-labels-idx1-ubyte.gz", str(self.tmp / data / "MNIST" / "raw")):
+                self.assertIn(part, output.getvalue())
+
+    def test_hanging_download_is_given_up(self):
+        class Hangs:
+            def __init__(self, root, download):
+                import time
+                time.sleep(30)
+
+        with self.assertRaisesRegex(OSError, "nothing came"):
+            common.fetch(Hangs, self.tmp, patience=0.5)
+
+
+class Maths(unittest.TestCase):
+    def test_kl_is_that_of_torch(self):
+        mu, logvar = torch.randn(5, 7), torch.randn(5, 7)
+        q = torch.distributions.Normal(mu, (logvar / 2).exp())
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
+        torch.testing.assert_close(common.kl_divergence(mu, logvar), kl)
+
+    def test_reconstruction_loss_is_a_log_likelihood(self):
+        import vae
+
+        x, logits = torch.rand(3, 1, 4, 4).round(), torch.randn(3, 1, 4, 4)
+        p = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
+        torch.testing.assert_close(vae.reconstruction_loss(logits, x, "bce"), -p)
+
+    def test_vaegan_updates(self):
+        """Each update changes its own network alone; the encoder has no adversarial gradient."""
+        vaegan, args = load("vaegan", "--out", tempfile.gettempdir())
+        x = common.draw_digits(8, 1)[0].float() / 255
+
+        def step(lr_e, lr_g, lr_d, adversarial=vaegan.adversarial_loss):
+            torch.manual_seed(1)
+            shape = (1, 28, 28)
+            networks = [
+                common.conv_encoder(shape, 4, 2 * args.latent_dim),
+                common.conv_decoder(shape, 4, args.latent_dim),
+                common.ConvDiscriminator(shape, 4),
+            ]
+            before = [values(network) for network in networks]
+            optimizers = [torch.optim.SGD(n.parameters(), lr) for n, lr in zip(networks, (lr_e, lr_g, lr_d))]
+            with mock.patch.object(vaegan, "adversarial_loss", adversarial):
+                vaegan.train_step(x, args, *networks, *optimizers)
+            return [values(n) - b for n, b in zip(networks, before)]
+
+        for which in range(3):
+            changes = step(*(1e-3 * (i == which) for i in range(3)))
+            self.assertEqual([bool(c.any()) for c in changes], [i == which for i in range(3)])
+        usual, without = step(1e-3, 0, 0), step(1e-3, 0, 0, lambda a, b: 0 * a.mean())
+        self.assertTrue(torch.equal(usual[0], without[0]))
+
+    def test_sampling_leaves_batch_statistics_alone(self):
+        for script in SCRIPTS:
+            module = importlib.import_module(script)
+            decoder = common.conv_decoder((1, 28, 28), 4, 8)
+            before = {k: v.clone() for k, v in decoder.state_dict().items()}
+            x = module.sample(decoder, torch.randn(6, 8))
+            self.assertEqual(x.shape, (6, 1, 28, 28))
+            self.assertTrue(0 <= x.min() and x.max() <= 1 and decoder.training)
+            for key, value in decoder.state_dict().items():
+                self.assertTrue(torch.equal(value, before[key]), key)
+
+    def test_networks_at_every_size(self):
+        for size in (8, 12, 20, 28, 32, 36, 64):
+            shape = (3, size, size)
+            x = common.conv_decoder(shape, 2, 5)(torch.randn(2, 5))
+            self.assertEqual(x.shape, (2, *shape))
+            self.assertEqual(common.conv_encoder(shape, 2, 6)(x).shape, (2, 6))
+            self.assertEqual(common.ConvDiscriminator(shape, 2)(x).shape, (2,))
+
+    def test_scores(self):
+        """Real images score well, collapsed ones do not, and the classifier is trained once."""
+        train, test = common.draw_digits(6000, 1), common.draw_digits(500, 2)
+        data = common.Data("synthetic", train, test, list("0123456789"))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as output:
+            _, args = load("vaegan", "--data-dir", folder, "--out", folder, "--device", "cpu")
+            score = common.Score(data, args)
+            self.assertEqual(common.Score(data, args)(test[0]), score(test[0]))
+        self.assertEqual(output.getvalue().count("Training the classifier"), 1)
+        x = train[0][:500].float() / 255
+        real, same = score(x, train[1][:500]), score(test[0])
+        collapsed = score(x[:5].repeat(100, 1, 1, 1))
+        self.assertLess(abs(same["fd"]), 1e-3)
+        self.assertLess(real["fd"], 0.05 * collapsed["fd"])
+        self.assertEqual((real["classes"], same["class_kl"]), (10, 0))
+        self.assertLessEqual(collapsed["classes"], 5)
+        self.assertGreater(collapsed["class_kl"], 0.5)
+        self.assertGreater(min(real["precision"], real["recall"], real["label_accuracy"]), 0.8)
+        self.assertLess(collapsed["recall"], 0.5)
+
+    def test_frechet_distance_of_gaussians(self):
+        """|m_f - m_g|^2 + sum (s_f - s_g)^2 for independent normal features."""
+        f, g = torch.randn(100_000, 3), 2 * torch.randn(100_000, 3) + 1
+        self.assertAlmostEqual(common.frechet_distance(f, g), 6, delta=0.2)
+
+    def test_vae_learns(self):
+        vae, args = load("vae", "--out", tempfile.gettempdir())
+        torch.manual_seed(0)
+        x = common.draw_digits(1024, 1)[0].float() / 255
+        encoder = torch.nn.Sequential(torch.nn.Flatten(), common.mlp([784, 64, 2 * args.latent_dim], True))
+        decoder = torch.nn.Sequential(common.mlp([args.latent_dim, 64, 784], True), torch.nn.Unflatten(1, (1, 28, 28)))
+        opt = common.make_optimizer(args, torch.nn.ModuleList([encoder, decoder]), 3e-3)
+        losses = [vae.train_step(b, args, encoder, decoder, opt)["loss"].item() for _ in range(8) for b in x.split(64)]
+        self.assertLess(losses[-1], 0.5 * losses[0])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,180 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision"]
+# ///
+"""VAE: a variational autoencoder.
+
+Kingma, Welling: Auto-encoding variational Bayes, 2014, arXiv 1312.6114.
+
+An encoder gives mu and logvar of q(z|x) = N(mu, sigma^2); a decoder gives the pixels of p(x|z). Both
+minimise, per image and averaged over the batch, the negative evidence lower bound
+
+    loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x))
+    loss_recon = -log p(x|z), z = mu + sigma * epsilon
+    loss_kl    = KL(q(z|x) || N(0, I))
+
+Differences from the paper:
+- two hidden layers of 512 and 256 units (the paper: one of 500), ReLU (tanh), batch norm (none), 20
+  latent dimensions, Adam (Adagrad) with a learning rate that falls to zero;
+- grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them;
+- no weight decay (the paper: a N(0, I) prior on the weights).
+
+    python vae.py --epochs 10
+    python vae.py --latent-dim 2 --epochs 20
+
+Files: vae.csv, vae_samples.png, vae_progress.png, vae_reconstructions.png, vae_interpolation.png,
+with --latent-dim 2 vae_manifold.png and vae_latent.png, and vae.pt. Columns of the CSV: epoch, step,
+seconds (of training), then in nats, as means over the rows' intervals, loss, loss_recon, loss_kl and
+on an epoch's last row the test set's test_elbo (-ELBO, with beta = 1), test_recon, test_kl.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    Run, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data, make_optimizer, mlp,
+    number, parse, reparameterize, save_png, shared_flags,
+)  # fmt: skip
+
+
+def parse_args():
+    parser = shared_flags(
+        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=1e-3, latent_dim=20, width=32,
+        lr_schedule="linear",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
+    add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
+    add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
+    add("--recon", choices=["bce", "mse"], default="bce",
+        help="-log p(x|z): of a Bernoulli, or of a Gaussian of variance 1/2 without its constant")  # fmt: skip
+    add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
+    add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
+    return parse(parser)
+
+
+def reconstruction_loss(logits, x, kind):
+    """-log p(x|z) per image, summed over the pixels: (B, C, H, W) twice -> (B,)."""
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    return (logits.sigmoid() - x).square().flatten(1).sum(1)
+
+
+def elbo_terms(x, args, encoder, decoder):
+    """The two terms of -ELBO with one z per image, each (B,)."""
+    mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
+    logits = decoder(reparameterize(mu, logvar))
+    return reconstruction_loss(logits, x, args.recon), kl_divergence(mu, logvar)
+
+
+def train_step(x, args, encoder, decoder, opt):
+    """One update on x (B, C, H, W); returns detached scalars for the CSV."""
+    # Encoder and decoder: minimise -log p(x|z) + beta KL(q(z|x) || p(z))
+    loss_recon, loss_kl = (term.mean() for term in elbo_terms(x, args, encoder, decoder))
+    loss = loss_recon + args.beta * loss_kl
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return {"loss": loss.detach(), "loss_recon": loss_recon.detach(), "loss_kl": loss_kl.detach()}
+
+
+@torch.no_grad()
+def evaluate(data, args, encoder, decoder):
+    """-ELBO of the test set and its terms, in nats per image, with the same noise each time."""
+    encoder.eval(), decoder.eval()
+    torch.manual_seed(args.seed)
+    terms = torch.zeros(2, device=args.device)
+    for x, _ in data.test_batches():
+        x = torch.bernoulli(x) if args.binarize else x
+        terms += torch.stack(elbo_terms(x, args, encoder, decoder)).sum(1)
+    encoder.train(), decoder.train()
+    recon, kl = (terms / len(data.x_test)).tolist()
+    return {"test_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+
+
+@torch.no_grad()
+def sample(decoder, z):
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
+    was_training = decoder.training
+    decoder.eval()
+    x = torch.cat([decoder(part).sigmoid() for part in z.split(500)])
+    decoder.train(was_training)
+    return x
+
+
+@torch.no_grad()
+def encode(encoder, x):
+    """The means of q(z|x), (N, latent_dim)."""
+    encoder.eval()
+    mu, _ = encoder(x).chunk(2, 1)
+    encoder.train()
+    return mu
+
+
+def plane(n, device):
+    """n x n points of a two-dimensional latent space, equally probable under N(0, I): (n^2, 2)."""
+    ticks = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
+    return torch.cartesian_prod(ticks, ticks).flip(1)
+
+
+def scatter(codes, labels, n_classes, size=600):
+    """Codes (N, 2) as dots on white, coloured by class, from -4 to 4 both ways: (3, size, size).
+
+    The bar on the right has the classes' colours, class 0 at the top.
+    """
+    hue = torch.arange(n_classes, device=codes.device)[:, None] / n_classes * 2 * math.pi
+    colors = 0.5 + 0.45 * (hue + torch.tensor([0, 2, 4], device=codes.device) * math.pi / 3).cos()
+    colors = colors * torch.where(hue / hue[1 % n_classes] % 2 == 1, 0.7, 1.0)  # neighbours differ
+    image = torch.ones(3, size, size, device=codes.device)
+    column, row = ((codes / 4 * torch.tensor([1, -1], device=codes.device) + 1) / 2 * (size - 3)).long().clamp(0, size - 3).T
+    for i in range(9):  # dots of 3 x 3 pixels
+        image[:, row + i // 3, column + i % 3] = colors[labels].T
+    bar = colors.repeat_interleave(size // n_classes, 0).T[:, :, None].expand(-1, -1, 20)
+    bar = F.pad(bar, (5, 0, 0, size - bar.shape[1]), value=1.0)
+    return torch.cat([image, bar], 2)
+
+
+def main(args):
+    data = load_data(args)
+    norm, pixels = args.norm == "batch", math.prod(data.shape)
+    if args.arch == "mlp":
+        encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *args.hidden, 2 * args.latent_dim], norm))
+        decoder = nn.Sequential(
+            mlp([args.latent_dim, *args.hidden[::-1], pixels], norm), nn.Unflatten(1, data.shape)
+        )
+    else:
+        encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)
+        decoder = conv_decoder(data.shape, args.width, args.latent_dim, norm)
+    encoder, decoder = encoder.to(args.device), decoder.to(args.device)
+    opt = make_optimizer(args, nn.ModuleList([encoder, decoder]), args.lr)
+    run = Run(args, data, {"encoder": encoder, "decoder": decoder}, {"both": opt})
+
+    def draw(n):
+        return sample(decoder, torch.randn(n, args.latent_dim, device=args.device))
+
+    if args.generate:
+        return run.generate(draw)
+    z_fixed = torch.randn(64, args.latent_dim, device=args.device)
+    x_fixed = data.x_test[:32].float() / 255
+
+    for epoch in run.epochs():
+        for x, _ in data.batches(args.batch_size, args.translate):
+            x = torch.bernoulli(x) if args.binarize else x
+            run.log(train_step(x, args, encoder, decoder, opt))
+        x_fake, mu = sample(decoder, z_fixed), encode(encoder, x_fixed)
+        x_recon = sample(decoder, mu)
+        run.save_grid("samples", x_fake)
+        run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
+        run.save_grid("interpolation", sample(decoder, interpolate(mu[0::2], mu[1::2])), 6)
+        if args.latent_dim == 2:
+            codes = torch.cat([encode(encoder, x) for x, _ in data.test_batches()])
+            run.save_grid("manifold", sample(decoder, plane(20, args.device)), 20)
+            save_png(run.path("_latent.png"), scatter(codes, data.y_test, len(data.classes)))
+        run.end_epoch(x_fake, draw, evaluate(data, args, encoder, decoder))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,168 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision"]
+# ///
+"""VAE/GAN: a variational autoencoder with a learned similarity metric.
+
+Larsen, Sonderby, Larochelle, Winther: Autoencoding beyond pixels using a learned similarity metric,
+2016, arXiv 1512.09300.
+
+A VAE whose decoder is a GAN's generator. Reconstructions are compared in the discriminator's
+features f instead of pixel by pixel (per image; the expectations are averages over the batch):
+
+    loss_kl       = KL(q(z|x) || N(0, I))
+    loss_features = 1/2 ||f(x) - f(x_recon)||^2
+    loss_gan      = -log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake))
+
+    encoder        minimises  loss_kl + loss_features
+    decoder        minimises  gamma * loss_features - log D(x_recon) - log D(x_fake)
+    discriminator  minimises  loss_gan
+
+Differences from the paper:
+- TODO
+
+    python vaegan.py --epochs 1 --opt adam
+    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128
+
+Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
+vaegan_interpolation.png, vaegan.pt. Columns of the CSV, means over the rows' intervals:
+epoch, step, seconds (of training), loss_d (= loss_gan), loss_g (the decoder's), loss_kl (nats),
+loss_features, d_real = D(x), d_recon = D(x_recon), d_fake = D(x_fake).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from common import (
+    ConvDiscriminator, Run, average, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data,
+    make_optimizer, number, parse, reparameterize, shared_flags, update_average,
+)  # fmt: skip
+
+
+def parse_args():
+    parser = shared_flags(
+        __file__, __doc__, epochs=10, batch_size=32, opt="adam", lr=2e-3, latent_dim=8, width=16,
+        lr_schedule="constant",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--beta", type=number(float, 0), default=16.0, help="weight of the KL divergence in the encoder's loss")
+    add("--gamma", type=number(float, 0), default=1e-2, help="weight of the feature error in the decoder's loss")
+    add("--lr-d", type=number(float, 1e-9), default=2.0, metavar="FACTOR",
+        help="the discriminator's learning rate as a factor of --lr")  # fmt: skip
+    add("--ema", type=number(float, 0, 1), default=0.99,
+        help="decay of the averaged weights that the pictures are drawn with; 0: no averaging")  # fmt: skip
+    return parse(parser)
+
+
+def discriminator_loss(d_real, d_recon, d_fake):
+    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,): the mean."""
+    return (F.softplus(-d_real) + F.softplus(d_recon) + F.softplus(d_fake)).mean()
+
+
+def adversarial_loss(d_recon, d_fake):
+    """-log D(x_recon) - log D(x_fake) from logits (B,): the mean."""
+    return (F.softplus(-d_recon) + F.softplus(-d_fake)).mean()
+
+
+def feature_loss(f, f_recon):
+    """1/2 ||f(x) - f(x_recon)||^2 from features (B, ...): -log N(f(x) | f(x_recon), I), the mean."""
+    return (f - f_recon).square().flatten(1).sum(1).mean() / 2
+
+
+def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
+    """One update of each network on x (B, C, H, W); returns detached scalars for the CSV."""
+    mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
+    z = reparameterize(mu, logvar)
+    x_recon = decoder(z).sigmoid()
+    x_fake = decoder(torch.randn_like(z)).sigmoid()
+
+    # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
+    d_real, d_recon, d_fake = discriminator(torch.cat([x, x_recon, x_fake]).detach()).chunk(3)
+    loss_d = discriminator_loss(d_real, d_recon, d_fake)
+    opt_d.zero_grad()
+    loss_d.backward()
+    opt_d.step()
+
+    with torch.no_grad():
+        f = discriminator.features(x)
+    f_recon, f_fake = discriminator.features(x_recon), discriminator.features(x_fake)
+    loss_features = feature_loss(f, f_recon)
+
+    # (2) Encoder: minimise beta KL + feature error
+    loss_kl = kl_divergence(mu, logvar).mean()
+    opt_e.zero_grad()
+    (args.beta * loss_kl + loss_features).backward(inputs=list(encoder.parameters()), retain_graph=True)
+
+    # (3) Decoder: minimise gamma * feature error - log D(x_recon) - log D(x_fake)
+    loss_g = args.gamma * loss_features + adversarial_loss(discriminator.head(f_recon), discriminator.head(f_fake))
+    opt_g.zero_grad()
+    loss_g.backward(inputs=list(decoder.parameters()))
+    opt_e.step()
+    opt_g.step()
+
+    losses = {
+        "loss_d": loss_d, "loss_g": loss_g, "loss_kl": loss_kl, "loss_features": loss_features,
+        "d_real": d_real.sigmoid().mean(), "d_recon": d_recon.sigmoid().mean(),
+        "d_fake": d_fake.sigmoid().mean(),
+    }  # fmt: skip
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def sample(decoder, z):
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
+    was_training = decoder.training
+    decoder.eval()
+    x = torch.cat([decoder(part).sigmoid() for part in z.split(500)])
+    decoder.train(was_training)
+    return x
+
+
+@torch.no_grad()
+def encode(encoder, x):
+    """The means of q(z|x), (N, latent_dim)."""
+    encoder.eval()
+    mu, _ = encoder(x).chunk(2, 1)
+    encoder.train()
+    return mu
+
+
+def main(args):
+    data = load_data(args)
+    encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim).to(args.device)
+    decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
+    discriminator = ConvDiscriminator(data.shape, args.width).to(args.device)
+    encoder_ema, decoder_ema = average(encoder), average(decoder)
+    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
+    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    networks = {
+        "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
+        "encoder_ema": encoder_ema, "decoder_ema": decoder_ema,
+    }  # fmt: skip
+    run = Run(args, data, networks, {"encoder": opt_e, "decoder": opt_g, "discriminator": opt_d})
+
+    def draw(n):
+        return sample(decoder_ema, torch.randn(n, args.latent_dim, device=args.device))
+
+    if args.generate:
+        return run.generate(draw)
+    z_fixed = torch.randn(64, args.latent_dim, device=args.device)
+    x_fixed = data.x_test[:32].float() / 255
+
+    for epoch in run.epochs():
+        for x, _ in data.batches(args.batch_size, args.translate):
+            losses = train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
+            update_average(encoder_ema, encoder, args.ema)
+            update_average(decoder_ema, decoder, args.ema)
+            run.log(losses)
+        x_fake, mu = sample(decoder_ema, z_fixed), encode(encoder_ema, x_fixed)
+        x_recon = sample(decoder_ema, mu)
+        run.save_grid("samples", x_fake)
+        run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
+        run.save_grid("interpolation", sample(decoder_ema, interpolate(mu[0::2], mu[1::2])), 6)
+        run.end_epoch(x_fake, draw)
+
+
+if __name__ == "__main__":
+    main(parse_args())

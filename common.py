@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=math.inf, multiple_of=1):
     """An argparse type: an int or a float with low <= value <= high; nan and inf are refused."""
 
     def parse(text):
@@ -51,20 +51,14 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            what = "a whole number" if kind is int else "a number"
+        if not (low <= value <= high and math.isfinite(value)) or kind is int and value % multiple_of:
+            what = "a number" if kind is float else "a whole number"
+            what += f" that is a multiple of {multiple_of}" if multiple_of > 1 else ""
             limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"must be {what} {limits}, not '{text}'")
         return value
 
     return parse
-
-
-def image_size(text):
-    size = number(int, 8, 1024)(text)
-    if size % 4:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 4, not '{text}'")
-    return size
 
 
 def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width, lr_schedule):
@@ -93,7 +87,8 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
         help="mnist, fashion-mnist, cifar10, synthetic, or a folder of pictures whose sub-folders "
         "are the classes; auto: mnist, or synthetic where mnist is not to be had")  # fmt: skip
     add("--data-dir", type=Path, default=script.parent / "data", help="where data sets are kept")
-    add("--image-size", type=image_size, help="side in pixels; by default the data's own, at most 64")
+    add("--image-size", type=number(int, 8, 1024, multiple_of=4),
+        help="side in pixels; by default the data's own, at most 64")  # fmt: skip
     add("--translate", type=number(float, 0, 0.5), default=0.0,
         help="shift training images at random by up to this fraction, both ways")  # fmt: skip
     add("--out", type=Path, default=script.parent, help="folder of the files written")
@@ -152,11 +147,6 @@ class Data:
         (self.x_train, self.y_train), (self.x_test, self.y_test) = train, test
         self.shape = tuple(self.x_train.shape[1:])  # (C, H, W)
 
-    def to(self, device):
-        for key in ("x_train", "y_train", "x_test", "y_test"):
-            setattr(self, key, getattr(self, key).to(device))
-        return self
-
     def batches(self, batch_size, translate=0.0):
         """One epoch in a fresh random order; yields x (B, C, H, W) in [0, 1] and y (B,).
 
@@ -174,13 +164,17 @@ class Data:
 
 
 def shift(x, fraction):
-    """Shift each image of x (B, C, H, W) by whole pixels, up to `fraction` of its sides; black comes in."""
+    """Shift each image of x (B, C, H, W) by whole pixels, up to `fraction` of its sides.
+
+    What comes in is black.
+    """
     b, _, h, w = x.shape
     sides = torch.tensor([w, h], device=x.device)
     pixels = ((torch.rand(b, 2, device=x.device) * 2 - 1) * fraction * sides).round()
     theta = torch.eye(2, 3, device=x.device).repeat(b, 1, 1)
     theta[:, :, 2] = 2 * pixels / sides
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), "nearest", align_corners=False)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, "nearest", align_corners=False)
 
 
 class NoData(Exception):
@@ -196,32 +190,31 @@ def load_data(args):
     name = "mnist" if args.data == "auto" else args.data
     try:
         if name in TORCHVISION:
-            data = load_torchvision(name, args.data_dir)
+            train, test, classes = load_torchvision(name, args.data_dir)
         elif name == "synthetic":
-            data = synthetic(args)
+            train, test, classes = synthetic(args)
         else:
-            data = load_folder(Path(name), args.image_size)
+            train, test, classes = load_folder(Path(name), args.image_size)
     except NoData as error:
         if args.data != "auto":
             fail(f"--data {name}: {error}")
         print(f"Training on the built-in synthetic digits: {error}")
-        data = synthetic(args)
-    if args.image_size and args.image_size != data.shape[1]:
-        size = [args.image_size] * 2
-        for key in ("x_train", "x_test"):
-            parts = getattr(data, key).split(5000)
-            setattr(data, key, torch.cat([resize(x, size, antialias=True) for x in parts]))
-        data.shape = (data.shape[0], *size)
-    if args.dry_run:
-        n, m = 2 * args.batch_size, 200
-        data.x_train, data.y_train = data.x_train[:n], data.y_train[:n]
-        data.x_test, data.y_test = data.x_test[:m], data.y_test[:m]
-    if len(data.x_train) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training images")
-    return data.to(args.device)
+        name, (train, test, classes) = "synthetic", synthetic(args)
+    if len(train[0]) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {len(train[0])} training images")
+
+    def prepare(x, y, at_most):
+        x, y = (x[:at_most], y[:at_most]) if args.dry_run else (x, y)
+        if args.image_size and args.image_size != x.shape[2]:
+            x = torch.cat([resize(part, [args.image_size] * 2) for part in x.split(5000)])
+        return x.to(args.device), y.to(args.device)
+
+    return Data(name, prepare(*train, 2 * args.batch_size), prepare(*test, 200), classes)
 
 
-TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+TORCHVISION = {
+    "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+}  # fmt: skip
 IDX_BYTES = {  # of MNIST and Fashion-MNIST alike
     "train-images-idx3-ubyte": 47_040_016, "train-labels-idx1-ubyte": 60_008,
     "t10k-images-idx3-ubyte": 7_840_016, "t10k-labels-idx1-ubyte": 10_008,
@@ -245,12 +238,12 @@ def load_torchvision(name, root):
             files = [kind.filename] if name == "cifar10" else [file for file, _ in kind.resources]
             raise NoData(
                 f"{kind.__name__} is not in {root} and could not be downloaded "
-                f"({first_line(error)}); to use it, put {', '.join(files)} into {folder}"
+                f"({str(error).strip().splitlines()[-1]}); to use it, put {', '.join(files)} into {folder}"
             ) from None
     x = [torch.as_tensor(part.data) for part in (train, test)]
     x = [part[:, None] if part.dim() == 3 else part.permute(0, 3, 1, 2).contiguous() for part in x]
     y = [torch.as_tensor(part.targets) for part in (train, test)]
-    return Data(name, (x[0], y[0]), (x[1], y[1]), list(train.classes))
+    return (x[0], y[0]), (x[1], y[1]), list(train.classes)
 
 
 def fetch(kind, root, patience=20):
@@ -306,25 +299,25 @@ def load_folder(folder, size):
     if not folder.is_dir():
         fail(f"--data {folder}: neither a known data set nor a folder")
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        (train, y_train, classes), (test, y_test, _) = (list_folder(folder / s) for s in ("train", "test"))
+        (train, classes), (test, other) = list_folder(folder / "train"), list_folder(folder / "test")
+        if classes != other:
+            fail(f"--data {folder}: train has the classes {classes}, test has {other}")
     else:
-        paths, y, classes = list_folder(folder)
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
-        cut = -(-len(paths) // 10)
-        (test, y_test), (train, y_train) = (
-            ([paths[i] for i in part], [y[i] for i in part]) for part in (order[:cut], order[cut:])
-        )
+        pictures, classes = list_folder(folder)
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = -(-len(pictures) // 10)
+        test, train = [pictures[i] for i in order[:cut]], [pictures[i] for i in order[cut:]]
     if not size:
-        with Image.open(train[0]) as first:
-            size = max(8, min(64, *first.size) // 4 * 4)
-    sets = [decode(paths, y, size) for paths, y in ((train, y_train), (test, y_test))]
+        size = max(8, min(64, smallest_side(train + test)) // 4 * 4)
+    sets = [decode(pictures, size) for pictures in (train, test)]
     if all((x == x[:, :1]).all() for x, _ in sets):
         sets = [(x[:, :1].contiguous(), y) for x, y in sets]
-    return Data(str(folder.resolve()), *sets, classes)
+    return *sets, classes
 
 
 def list_folder(folder):
-    """The pictures under `folder`: their paths, their labels, and the names of the classes."""
+    """The pictures under `folder` as pairs of path and label, and the names of the classes."""
+
     def pictures(paths):
         return sorted(p for p in paths if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
 
@@ -335,22 +328,33 @@ def list_folder(folder):
         fail(f"--data {folder}: has pictures both beside and inside its sub-folders")
     if not loose and not classes:
         fail(f"--data {folder}: no pictures in it")
-    classes = classes or {folder.name: loose}
-    paths = [path for paths in classes.values() for path in paths]
-    labels = [i for i, paths in enumerate(classes.values()) for _ in paths]
-    return paths, labels, list(classes)
+    classes = classes or {"all": loose}
+    pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
+    return pairs, list(classes)
 
 
-def decode(paths, labels, size):
-    """Read pictures of any kind as (N, 3, size, size) uint8; unreadable ones are named and skipped."""
+def smallest_side(pictures):
+    """The shorter side, in pixels, of the first picture that can be opened."""
+    for path, _ in pictures:
+        try:
+            with Image.open(path) as image:
+                return min(image.size)
+        except OSError:
+            pass
+    fail(f"none of the {len(pictures)} pictures can be read")
+
+
+def decode(pictures, size):
+    """Pictures of any kind as (N, 3, size, size) uint8 and labels (N,); those unreadable are named."""
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda path: decode_one(path, size), paths))
-    broken = [str(path) for path, image in zip(paths, images) if image is None]
+        images = list(pool.map(lambda picture: decode_one(picture[0], size), pictures))
+    broken = [str(path) for (path, _), image in zip(pictures, images) if image is None]
     if broken:
-        print(f"Skipped {len(broken)} pictures that cannot be read: {', '.join(broken)}")
-    if len(broken) == len(paths):
-        fail("no picture could be read")
-    labels = [label for label, image in zip(labels, images) if image is not None]
+        named = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        print(f"Skipped {len(broken)} of {len(images)} pictures that cannot be read: {named}")
+    if len(broken) == len(images):
+        fail("too few pictures: there must be some to train with and some to test with")
+    labels = [label for (_, label), image in zip(pictures, images) if image is not None]
     return torch.stack([image for image in images if image is not None]), torch.tensor(labels)
 
 
@@ -372,7 +376,7 @@ def decode_one(path, size):
 def synthetic(args):
     """60,000 + 10,000 digits in the form of MNIST, drawn from Pillow's built-in font and warped."""
     n, m = (2 * args.batch_size, 200) if args.dry_run else (60_000, 10_000)
-    return Data("synthetic", draw_digits(n, seed=1), draw_digits(m, seed=2), list("0123456789"))
+    return draw_digits(n, seed=1), draw_digits(m, seed=2), list("0123456789")
 
 
 def draw_digits(n, seed):
@@ -435,9 +439,9 @@ def conv_down(shape, width, norm):
     sides, channels = conv_plan(shape[1], width)
     layers = []
     for c_in, c_out in zip([shape[0], *channels], channels):
-        layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)]
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)]
         layers += [nn.BatchNorm2d(c_out)] if norm else []
-        layers += [nn.LeakyReLU(0.2)]
+        layers += [nn.LeakyReLU(0.2, inplace=True)]
     return nn.Sequential(*layers), (channels[-1], sides[-1], sides[-1])
 
 
@@ -451,18 +455,18 @@ def conv_encoder(shape, width, out_dim, norm=True):
 def conv_decoder(shape, width, latent_dim, norm=True):
     """(B, latent_dim) -> logits (B, C, H, W).
 
-    Transposed convolutions double the sides; one more convolution at full size draws the lines. At
-    the small sizes, where channels cost little, it has twice the encoder's.
+    Transposed convolutions double the sides, with twice the encoder's channels; one more at full size
+    draws the lines.
     """
     sides, channels = conv_plan(shape[1], width)
-    channels = [2 * c for c in channels[:0:-1]] + [width, width]
+    channels = [2 * c for c in channels[::-1]] + [width]
     layers = [nn.Linear(latent_dim, channels[0] * sides[-1] ** 2)]
     layers += [nn.Unflatten(1, (channels[0], sides[-1], sides[-1]))]
     for i, c in enumerate(channels):
         layers += [nn.ConvTranspose2d(channels[i - 1], c, 4, stride=2, padding=1)] if i else []
         layers += [nn.BatchNorm2d(c)] if norm else []
-        layers += [nn.ReLU()]
-    layers += [nn.Conv2d(width, shape[0], 3, padding=1)]
+        layers += [nn.ReLU(inplace=True)]
+    layers += [nn.ConvTranspose2d(width, shape[0], 3, padding=1)]  # faster on a CPU than Conv2d
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
@@ -479,7 +483,8 @@ class ConvDiscriminator(nn.Module):
         self.body = convs[:-1]  # without the last activation
         self.top = nn.Sequential(
             nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
-            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(2 * c * ((h + 1) // 2) * ((w + 1) // 2), 1),
+            nn.LeakyReLU(0.2, inplace=True), nn.Flatten(),
+            nn.Linear(2 * c * -(-h // 2) * -(-w // 2), 1),
         )  # fmt: skip
         for layer in self.modules():  # He et al. 2015: torch's own start is too timid for one epoch
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -602,8 +607,11 @@ def precision_recall(fake, real, k=3):
     """Shares of fake (N, D) and real (M, D) that lie in a k-nearest-neighbour ball of the other."""
 
     def covered(points, centres):
-        radii = torch.cat([torch.cdist(part, centres).topk(k + 1, largest=False).values[:, -1] for part in centres.split(1000)])
-        return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]).float().mean().item()
+        def distances(x):
+            return (torch.cdist(part, centres) for part in x.split(1000))
+
+        radii = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(centres)])
+        return torch.cat([(d <= radii).any(1) for d in distances(points)]).float().mean().item()
 
     return {"precision": covered(fake, real), "recall": covered(real, fake)}
 
@@ -675,11 +683,15 @@ def write_file(path, content):
             raise
 
 
+def picture(x):
+    """A Pillow image of x (C, H, W) in [0, 1]."""
+    return to_pil_image((x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8))
+
+
 def save_png(path, x):
-    """One image (C, H, W) with values in [0, 1]."""
-    x = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    """Write x (C, H, W) in [0, 1] as a PNG file."""
     content = io.BytesIO()
-    to_pil_image(x).save(content, format="png")
+    picture(x).save(content, format="png")
     write_file(path, content.getvalue())
 
 
@@ -721,7 +733,7 @@ class Run:
 
     def flags(self):
         """The flags that make the run what it is: not those that say where it runs and writes."""
-        apart = ("name", "checkpoint", "out", "device", "data_dir", "generate", "score", "dry_run", "log_every")
+        apart = "name checkpoint out device data_dir generate score dry_run log_every".split()
         return {key: value for key, value in vars(self.args).items() if key not in apart}
 
     def epochs(self):
@@ -733,7 +745,10 @@ class Run:
         print(f"Pictures, losses and checkpoint: {self.path('*')}")
 
     def log(self, losses):
-        """After every step: a dict of detached scalars, whose means over the interval make a row."""
+        """After every step: a dict of detached scalars, whose means over the interval make a row.
+
+        Sets the learning rate of the next step too.
+        """
         self.sums = self.sums + torch.stack(list(losses.values()))
         self.count += 1
         self.step += 1
@@ -770,13 +785,14 @@ class Run:
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
         write_file(self.path(".pt"), buffer.getvalue())
-        print(("\r" if sys.stdout.isatty() else "") + self.line(), end="\033[K\n" if sys.stdout.isatty() else "\n")
+        print(f"\r{self.line()}\033[K" if sys.stdout.isatty() else self.line(), flush=True)
 
     def line(self, where=""):
         row = dict(self.rows[-1])
         epoch, _, seconds = row.pop("epoch"), row.pop("step"), row.pop("seconds")
         numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
-        return f"epoch {epoch:>{len(str(self.args.epochs))}}/{self.args.epochs} {where} {seconds:6.1f} s  {numbers}"
+        of = self.args.epochs
+        return f"epoch {epoch:>{len(str(of))}}/{of} {where:>4} {seconds:6.1f} s  {numbers}"
 
     def write_csv(self):
         text = io.StringIO()
@@ -801,7 +817,7 @@ class Run:
         }  # fmt: skip
 
     def draw(self, draw, n):
-        """Samples and labels from a script's draw(n): n images in [0, 1], or a pair with their labels."""
+        """n samples and their labels, or None, from a script's draw(n): images, or images and labels."""
         drawn = draw(n)
         return drawn if isinstance(drawn, tuple) else (drawn, None)
 
@@ -815,7 +831,7 @@ class Run:
             for i, x in enumerate(images):
                 part = folder if labels is None else folder / self.data.classes[labels[i]]
                 part.mkdir(parents=True, exist_ok=True)
-                save_png(part / f"{start + i:06}.png", x)
+                picture(x).save(part / f"{start + i:06}.png")
         print(f"Wrote {n} samples to {folder}")
         if self.score:
             numbers = self.score(*self.draw(draw, 10_000))

@@ -42,7 +42,7 @@ from common import (
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=1e-3, latent_dim=20, width=32,
+        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=1e-3, latent_dim=20, width=16,
         lr_schedule="linear",
     )  # fmt: skip
     add = parser.add_argument
@@ -50,7 +50,7 @@ def parse_args():
     add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
     add("--recon", choices=["bce", "mse"], default="bce",
-        help="-log p(x|z): of a Bernoulli, or of a Gaussian of variance 1/2 without its constant")  # fmt: skip
+        help="-log p(x|z) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
     add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
     return parse(parser)
@@ -108,33 +108,34 @@ def sample(decoder, z):
 @torch.no_grad()
 def encode(encoder, x):
     """The means of q(z|x), (N, latent_dim)."""
+    was_training = encoder.training
     encoder.eval()
     mu, _ = encoder(x).chunk(2, 1)
-    encoder.train()
+    encoder.train(was_training)
     return mu
 
 
 def plane(n, device):
-    """n x n points of a two-dimensional latent space, equally probable under N(0, I): (n^2, 2)."""
+    """n x n codes of two dimensions, equally probable under N(0, I), row by row: (n^2, 2)."""
     ticks = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
-    return torch.cartesian_prod(ticks, ticks).flip(1)
+    return torch.cartesian_prod(-ticks, ticks).flip(1)
 
 
 def scatter(codes, labels, n_classes, size=600):
-    """Codes (N, 2) as dots on white, coloured by class, from -4 to 4 both ways: (3, size, size).
+    """Codes (N, 2) as dots on white, from -4 to 4 both ways, coloured by class: (3, size, size + 25).
 
     The bar on the right has the classes' colours, class 0 at the top.
     """
-    hue = torch.arange(n_classes, device=codes.device)[:, None] / n_classes * 2 * math.pi
-    colors = 0.5 + 0.45 * (hue + torch.tensor([0, 2, 4], device=codes.device) * math.pi / 3).cos()
-    colors = colors * torch.where(hue / hue[1 % n_classes] % 2 == 1, 0.7, 1.0)  # neighbours differ
-    image = torch.ones(3, size, size, device=codes.device)
-    column, row = ((codes / 4 * torch.tensor([1, -1], device=codes.device) + 1) / 2 * (size - 3)).long().clamp(0, size - 3).T
+    codes, labels = codes.cpu(), labels.cpu()
+    angle = torch.arange(n_classes)[:, None] * 2 * math.pi / n_classes
+    colors = 0.5 + 0.45 * torch.cos(angle + torch.tensor([0, 2, 4]) * math.pi / 3)  # (n_classes, 3)
+    colors[1::2] *= 0.6  # neighbours differ in brightness too
+    image = torch.ones(3, size, size)
+    column, row = ((codes * torch.tensor([1, -1]) / 4 + 1) / 2 * (size - 3)).long().clamp(0, size - 3).T
     for i in range(9):  # dots of 3 x 3 pixels
         image[:, row + i // 3, column + i % 3] = colors[labels].T
-    bar = colors.repeat_interleave(size // n_classes, 0).T[:, :, None].expand(-1, -1, 20)
-    bar = F.pad(bar, (5, 0, 0, size - bar.shape[1]), value=1.0)
-    return torch.cat([image, bar], 2)
+    bar = colors[torch.arange(size) * n_classes // size].T[:, :, None].expand(3, size, 20)
+    return torch.cat([image, torch.ones(3, size, 5), bar], 2)
 
 
 def main(args):

@@ -7,27 +7,36 @@
 Larsen, Sonderby, Larochelle, Winther: Autoencoding beyond pixels using a learned similarity metric,
 2016, arXiv 1512.09300.
 
-A VAE whose decoder is a GAN's generator. Reconstructions are compared in the discriminator's
-features f instead of pixel by pixel (per image; the expectations are averages over the batch):
+A VAE whose decoder is also a GAN's generator. Images are compared in the discriminator's features f
+instead of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ N(0, I),
+per image and averaged over the batch:
 
     loss_kl       = KL(q(z|x) || N(0, I))
     loss_features = 1/2 ||f(x) - f(x_recon)||^2
-    loss_gan      = -log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake))
+    loss_d        = -log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake))
+    loss_g        = gamma * loss_features - log D(x_recon) - log D(x_fake)
 
-    encoder        minimises  loss_kl + loss_features
-    decoder        minimises  gamma * loss_features - log D(x_recon) - log D(x_fake)
-    discriminator  minimises  loss_gan
+    discriminator  minimises  loss_d
+    encoder        minimises  beta * loss_kl + loss_features
+    decoder        minimises  loss_g
 
 Differences from the paper:
-- TODO
+- small networks, 8 latent dimensions and batches of 32 for 28 x 28 digits (the paper: 64 x 64 faces,
+  128 dimensions, batches of 64); no batch norm in the discriminator;
+- beta (the paper: 1): the features' scale is arbitrary, and with it the balance between the two losses
+  of the encoder; beta is the variance of the Gaussian around f(x_recon);
+- the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
+- the discriminator steps first and the others answer the new one (the paper: all from one pass);
+- Adam, the discriminator at twice the learning rate (RMSprop, one rate);
+- the pictures come from an exponential moving average of the weights (--ema).
 
     python vaegan.py --epochs 1 --opt adam
-    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128
+    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
 
 Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
-vaegan_interpolation.png, vaegan.pt. Columns of the CSV, means over the rows' intervals:
-epoch, step, seconds (of training), loss_d (= loss_gan), loss_g (the decoder's), loss_kl (nats),
-loss_features, d_real = D(x), d_recon = D(x_recon), d_fake = D(x_fake).
+vaegan_interpolation.png, vaegan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
+seconds (of training), loss_d (3 log 2 = 2.08 at chance), loss_g, loss_kl (nats; divide by --latent-dim
+for nats per dimension), loss_features, d_real = D(x), d_recon = D(x_recon), d_fake = D(x_fake).
 """
 
 import torch
@@ -45,27 +54,28 @@ def parse_args():
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--beta", type=number(float, 0), default=16.0, help="weight of the KL divergence in the encoder's loss")
-    add("--gamma", type=number(float, 0), default=1e-2, help="weight of the feature error in the decoder's loss")
+    add("--beta", type=number(float, 0), default=12.0, help="weight of the KL divergence")
+    add("--gamma", type=number(float, 0), default=5e-3,
+        help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=2.0, metavar="FACTOR",
-        help="the discriminator's learning rate as a factor of --lr")  # fmt: skip
+        help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 1), default=0.99,
-        help="decay of the averaged weights that the pictures are drawn with; 0: no averaging")  # fmt: skip
+        help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
-    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,): the mean."""
+    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), averaged."""
     return (F.softplus(-d_real) + F.softplus(d_recon) + F.softplus(d_fake)).mean()
 
 
 def adversarial_loss(d_recon, d_fake):
-    """-log D(x_recon) - log D(x_fake) from logits (B,): the mean."""
+    """-log D(x_recon) - log D(x_fake) from logits (B,), averaged."""
     return (F.softplus(-d_recon) + F.softplus(-d_fake)).mean()
 
 
 def feature_loss(f, f_recon):
-    """1/2 ||f(x) - f(x_recon)||^2 from features (B, ...): -log N(f(x) | f(x_recon), I), the mean."""
+    """1/2 ||f(x) - f(x_recon)||^2, -log N(f(x) | f(x_recon), I) but for a constant; averaged."""
     return (f - f_recon).square().flatten(1).sum(1).mean() / 2
 
 
@@ -88,13 +98,14 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     f_recon, f_fake = discriminator.features(x_recon), discriminator.features(x_fake)
     loss_features = feature_loss(f, f_recon)
 
-    # (2) Encoder: minimise beta KL + feature error
+    # (2) Encoder: minimise beta KL + feature error; no adversarial gradient reaches it
     loss_kl = kl_divergence(mu, logvar).mean()
     opt_e.zero_grad()
     (args.beta * loss_kl + loss_features).backward(inputs=list(encoder.parameters()), retain_graph=True)
 
-    # (3) Decoder: minimise gamma * feature error - log D(x_recon) - log D(x_fake)
-    loss_g = args.gamma * loss_features + adversarial_loss(discriminator.head(f_recon), discriminator.head(f_fake))
+    # (3) Decoder: minimise gamma feature error - log D(x_recon) - log D(x_fake)
+    loss_adversarial = adversarial_loss(discriminator.head(f_recon), discriminator.head(f_fake))
+    loss_g = args.gamma * loss_features + loss_adversarial
     opt_g.zero_grad()
     loss_g.backward(inputs=list(decoder.parameters()))
     opt_e.step()
@@ -121,9 +132,10 @@ def sample(decoder, z):
 @torch.no_grad()
 def encode(encoder, x):
     """The means of q(z|x), (N, latent_dim)."""
+    was_training = encoder.training
     encoder.eval()
     mu, _ = encoder(x).chunk(2, 1)
-    encoder.train()
+    encoder.train(was_training)
     return mu
 
 

@@ -668,14 +668,18 @@ def load_classifier(data, args):
 # Files
 
 
-def write_file(path, content):
-    """Write bytes so that `path` holds either its old content or all of the new."""
+def write_file(path, content, sync=False):
+    """Write bytes so that `path` holds either its old content or all of the new.
+
+    `sync` waits for the disk, so that this holds after a power cut too; that can take a second.
+    """
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
@@ -784,7 +788,7 @@ class Run:
         self.save_grid("progress", torch.cat(self.progress).float() / 255, 10)
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
-        write_file(self.path(".pt"), buffer.getvalue())
+        write_file(self.path(".pt"), buffer.getvalue(), sync=True)
         print(f"\r{self.line()}\033[K" if sys.stdout.isatty() else self.line(), flush=True)
 
     def line(self, where=""):

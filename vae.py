@@ -42,7 +42,7 @@ from common import (
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=1e-3, latent_dim=20, width=16,
+        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=2e-3, latent_dim=20, width=16,
         lr_schedule="linear",
     )  # fmt: skip
     add = parser.add_argument

@@ -157,6 +157,11 @@ class Data:
             x = self.x_train[index].float() / 255
             yield shift(x, translate) if translate else x, self.y_train[index]
 
+    def examples(self, n):
+        """n test images, or all if there are fewer, from the whole of the set: (n, C, H, W) in [0, 1]."""
+        index = torch.linspace(0, len(self.x_test) - 1, min(n, len(self.x_test))).long()
+        return self.x_test[index.to(self.x_test.device)].float() / 255
+
     def test_batches(self, batch_size=1000):
         """The test set in order; yields x in [0, 1] and y."""
         for x, y in zip(self.x_test.split(batch_size), self.y_test.split(batch_size)):

@@ -160,7 +160,7 @@ def main(args):
     if args.generate:
         return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim, device=args.device)
-    x_fixed = data.x_test[:32].float() / 255
+    x_fixed = data.examples(32)
 
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
@@ -172,7 +172,7 @@ def main(args):
         x_recon = sample(decoder_ema, mu)
         run.save_grid("samples", x_fake)
         run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
-        run.save_grid("interpolation", sample(decoder_ema, interpolate(mu[0::2], mu[1::2])), 6)
+        run.save_grid("interpolation", sample(decoder_ema, interpolate(mu[:16], mu.roll(-1, 0)[:16])), 6)
         run.end_epoch(x_fake, draw)
 
 

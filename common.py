@@ -8,6 +8,7 @@ and the losses are in the scripts.
 import argparse
 import copy
 import csv
+import gzip
 import io
 import math
 import os
@@ -230,15 +231,19 @@ def load_torchvision(name, root):
     """MNIST, Fashion-MNIST or CIFAR-10 as torchvision keeps them under `root`, fetched if need be."""
     kind = TORCHVISION[name]
     folder = root / kind.__name__ / "raw" if name != "cifar10" else root
-    for path in folder.glob("*-ubyte"):
-        if path.stat().st_size != IDX_BYTES.get(path.name, path.stat().st_size):
-            fail(f"{path} is damaged: it has {path.stat().st_size} bytes, not {IDX_BYTES[path.name]}")
+
+    def read():
+        for path in folder.glob("*-ubyte"):
+            if (size := path.stat().st_size) != (whole := IDX_BYTES.get(path.name, size)):
+                fail(f"{path} is damaged: it has {size} bytes, not {whole}")
+        return kind(root, train=True), kind(root, train=False)
+
     try:
-        train, test = kind(root, train=True), kind(root, train=False)
+        train, test = read()
     except RuntimeError:  # not there, or not all of it
         try:
             fetch(kind, root)
-            train, test = kind(root, train=True), kind(root, train=False)
+            train, test = read()
         except (OSError, RuntimeError) as error:
             files = [kind.filename] if name == "cifar10" else [file for file, _ in kind.resources]
             raise NoData(
@@ -255,16 +260,22 @@ def fetch(kind, root, patience=20):
     """Download and unpack a torchvision set into `root`; OSError or RuntimeError if it cannot be.
 
     All happens in a temporary folder, file by file renamed when complete, so that several first
-    runs at once, or a killed one, leave nothing half-written. Packed files that lie in `root`
-    already are checked and used. After `patience` seconds without a new byte it gives up.
+    runs at once, or a killed one, leave nothing half-written. Packed files that lie in their
+    place already are used. After `patience` seconds without a new byte it gives up.
     """
+    print(f"Fetching {kind.__name__} into {root}", flush=True)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-", ignore_cleanup_errors=True) as tmp:
         tmp = Path(tmp)
-        for packed in [*root.glob("*/raw/*.gz"), *root.glob("*.tar.gz")]:
-            copy = tmp / packed.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(packed, copy)
+        for packed in root.glob("*.tar.gz"):
+            shutil.copyfile(packed, tmp / packed.name)
+        for packed in root.glob(f"{kind.__name__}/raw/*.gz"):
+            unpacked = tmp / packed.relative_to(root).with_suffix("")
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                unpacked.write_bytes(gzip.decompress(packed.read_bytes()))
+            except (OSError, EOFError, zlib.error) as error:
+                fail(f"{packed} is damaged: {first_line(error)}")
         result = []
 
         def work():
@@ -778,7 +789,8 @@ class Run:
         self.rows[-1].update(zip(losses, means))
         self.write_csv()
         if sys.stdout.isatty():
-            print(f"\r{self.line(f'{100 * done // self.steps_per_epoch}%')}\033[K", end="", flush=True)
+            line = self.line(f"{100 * done // self.steps_per_epoch}%")
+            print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
     def end_epoch(self, samples, draw, test=None):
         """Complete the epoch's last CSV row, add a row to the progress picture, save the checkpoint.

@@ -7,11 +7,13 @@ hold is checked in process.
 import ast
 import contextlib
 import csv
+import gzip
 import importlib
 import io
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -268,13 +270,35 @@ class Data(TemporaryFolder):
             for part in ("no network", "t10k-labels-idx1-ubyte.gz", str(self.tmp / data / "MNIST" / "raw")):
                 self.assertIn(part, output.getvalue())
 
+    def test_packed_mnist_is_enough(self):
+        """The .gz files alone, unpacked without a network; a truncated one is named."""
+        raw = self.tmp / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name, size in common.IDX_BYTES.items():
+            sides = [28, 28] if "images" in name else []
+            n = (size - 8 - 4 * len(sides)) // math.prod(sides)
+            header = struct.pack(f">HBB{1 + len(sides)}I", 0, 8, 1 + len(sides), n, *sides)
+            (raw / f"{name}.gz").write_bytes(gzip.compress(header.ljust(size, b"\0"), 1))
+        with contextlib.redirect_stdout(io.StringIO()):
+            (x, y), _, _ = common.load_torchvision("mnist", self.tmp)
+        self.assertEqual((x.shape, y.shape), ((60_000, 1, 28, 28), (60_000,)))
+        self.assertEqual([path.name for path in self.tmp.iterdir()], ["MNIST"])
+        for path in raw.glob("*ubyte"):
+            path.unlink()
+        last = raw / "t10k-labels-idx1-ubyte.gz"
+        last.write_bytes(last.read_bytes()[:-20])
+        error = io.StringIO()
+        with contextlib.redirect_stdout(error), contextlib.redirect_stderr(error):
+            self.assertRaises(SystemExit, common.load_torchvision, "mnist", self.tmp)
+        self.assertIn("t10k-labels-idx1-ubyte.gz is damaged", error.getvalue())
+
     def test_hanging_download_is_given_up(self):
         class Hangs:
             def __init__(self, root, download):
                 import time
                 time.sleep(30)
 
-        with self.assertRaisesRegex(OSError, "nothing came"):
+        with contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(OSError, "nothing came"):
             common.fetch(Hangs, self.tmp, patience=0.5)
 
 

@@ -113,7 +113,8 @@ def parse(parser):
     if args.generate:
         args.checkpoint = load_checkpoint(args.out / f"{args.name}.pt", args.name)
         parser.set_defaults(**args.checkpoint["flags"])
-        args = parser.parse_args(namespace=argparse.Namespace(name=args.name, checkpoint=args.checkpoint))
+        kept = argparse.Namespace(name=args.name, checkpoint=args.checkpoint)
+        args = parser.parse_args(namespace=kept)
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
@@ -611,7 +612,7 @@ class Score:
 
 def frechet_distance(f, g):
     """|m_f - m_g|^2 + tr(C_f + C_g - 2 (C_f C_g)^(1/2)) of features f (N, D), g (M, D)."""
-    f, g = f.double().cpu(), g.double().cpu()
+    f, g = f.cpu().double(), g.cpu().double()
     c_f, c_g = f.T.cov(), g.T.cov()
     values, vectors = torch.linalg.eigh(c_f)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -742,8 +743,11 @@ class Run:
         self.epoch = self.step = self.seconds = 0
         self.steps_per_epoch = len(data.x_train) // args.batch_size
         if args.checkpoint:
-            for name, network in networks.items():
-                network.load_state_dict(args.checkpoint["networks"][name])
+            try:
+                for name, network in networks.items():
+                    network.load_state_dict(args.checkpoint["networks"][name])
+            except (KeyError, RuntimeError):
+                fail(f"{self.path('.pt')} holds other networks than the flags ask for: leave them out")
             return
         flags = ", ".join(f"{key} {value}" for key, value in self.flags().items())
         print(f"{args.name}.py on {args.device} with {data.name} ({len(data.x_train)} images): {flags}")

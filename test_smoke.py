@@ -161,6 +161,23 @@ class CommandLine(TemporaryFolder):
                 with self.subTest(f"{script} {flags}"):
                     load(script, *flags.replace("FOLDER", str(self.tmp)).split(), "--out", self.tmp)
 
+    def test_checkpoint_brings_its_own_flags(self):
+        """--generate needs no flags again; those that contradict the checkpoint get one line."""
+        out = self.tmp / "out"
+        call("vae", "--dry-run", "--arch", "conv", "--width", 4, "--latent-dim", 3, "--out", out)
+        self.assertIn("Wrote 2 samples", call("vae", "--generate", 2, "--out", out))
+        for flags in (["--width", 8], ["--arch", "mlp"]):
+            error = io.StringIO()
+            with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+                call("vae", "--generate", 2, "--out", out, *flags)
+            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
+        (out / "vae.pt").write_bytes((out / "vae.pt").read_bytes()[:5000])
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+            call("vae", "--generate", 2, "--out", out)
+        self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
+        self.assertIn("not a whole checkpoint", error.getvalue())
+
     def test_bad_input(self):
         """One line and status 2, before any training."""
         empty, broken, mixed, short = (self.tmp / s for s in ("empty", "broken", "mixed", "short"))

@@ -15,7 +15,7 @@ minimise, per image and averaged over the batch, the negative evidence lower bou
 
 Differences from the paper:
 - two hidden layers of 512 and 256 units (the paper: one of 500), ReLU (tanh), batch norm (none), 20
-  latent dimensions, Adam (Adagrad) with a learning rate that falls to zero;
+  latent dimensions, Adam (Adagrad) with a learning rate that falls to zero, batches of 128 (100);
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them;
 - no weight decay (the paper: a N(0, I) prior on the weights).
 
@@ -42,7 +42,7 @@ from common import (
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=2e-3, latent_dim=20, width=16,
+        __file__, __doc__, epochs=10, batch_size=128, opt="adam", lr=3e-3, latent_dim=20, width=16,
         lr_schedule="linear",
     )  # fmt: skip
     add = parser.add_argument
@@ -117,8 +117,8 @@ def encode(encoder, x):
 
 def plane(n, device):
     """n x n codes of two dimensions, equally probable under N(0, I), row by row: (n^2, 2)."""
-    ticks = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
-    return torch.cartesian_prod(-ticks, ticks).flip(1)
+    ticks = torch.special.ndtri((torch.arange(n) + 0.5) / n)
+    return torch.cartesian_prod(-ticks, ticks).flip(1).to(device)
 
 
 def scatter(codes, labels, n_classes, size=600):

@@ -83,12 +83,16 @@ def train_step(x, args, encoder, decoder, opt):
 
 @torch.no_grad()
 def evaluate(data, args, encoder, decoder):
-    """-ELBO of the test set and its terms, in nats per image, with the same noise each time."""
+    """-ELBO of the test set and its terms, in nats per image.
+
+    With --binarize the binary test images are the same for every run; the noise depends on --seed.
+    """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
+    fixed = torch.Generator(args.device).manual_seed(0)
     terms = torch.zeros(2, device=args.device)
     for x, _ in data.test_batches():
-        x = torch.bernoulli(x) if args.binarize else x
+        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
         terms += torch.stack(elbo_terms(x, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
     recon, kl = (terms / len(data.x_test)).tolist()

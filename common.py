@@ -13,6 +13,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -33,10 +34,25 @@ from torchvision.utils import make_grid
 # Flags
 
 
-def fail(message):
-    """End the program with one line on stderr and exit status 2: the mistake is in the input."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, status=2):
+    """End the program with one line on stderr; exit status 2 says that the mistake is in the input."""
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # the progress line
+    print(f"{clear}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def stop_on(*signals):
+    """Let these signals end the program with one line and the status that a shell expects.
+
+    SystemExit unwinds the stack: a file that is being written is given up, the old one remains.
+    """
+
+    def stop(number, _):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        fail(f"stopped by {signal.Signals(number).name}; --resume goes on from the last complete epoch", 128 + number)
+
+    for number in signals:
+        signal.signal(number, stop)
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,25 +112,39 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
     add("--log-every", type=number(int, 1), default=100, help="steps per row of the CSV")
     add("--score", action="store_true",
         help="at each epoch's end, measure the quality of 10,000 samples (see README.md)")  # fmt: skip
+    add("--resume", action="store_true",
+        help="go on from the checkpoint, with its flags; only --epochs may differ")  # fmt: skip
     add("--generate", type=number(int, 1), metavar="N",
         help="no training: write N samples of the checkpoint as single PNG files")  # fmt: skip
     add("--dry-run", action="store_true", help="two steps on a small slice, then all the files")
     return parser
 
 
-def parse(parser):
+def parse(parser, **defaults_of):
     """Parse the command line, choose the device and the name of the files, check the folders.
 
-    With --generate, the flags that describe the networks and the data come from the checkpoint.
+    `conv={"lr": 1e-3}`: what defaults come with the choice conv of some flag. With --generate
+    and --resume, the flags that describe the run come from the checkpoint.
     """
+    chosen = vars(parser.parse_args()).values()
+    for choice, defaults in defaults_of.items():
+        if choice in chosen:
+            parser.set_defaults(**defaults)
     args = parser.parse_args()
+    stop_on(signal.SIGINT, signal.SIGTERM)
     args.name = Path(parser.prog).stem
     args.checkpoint = None
-    if args.generate:
-        args.checkpoint = load_checkpoint(args.out / f"{args.name}.pt", args.name)
+    if args.generate and args.resume:
+        fail("--generate and --resume exclude each other")
+    if args.generate or args.resume:
+        path = args.out / f"{args.name}.pt"
+        args.checkpoint = load_checkpoint(path, args.name)
         parser.set_defaults(**args.checkpoint["flags"])
         kept = argparse.Namespace(name=args.name, checkpoint=args.checkpoint)
         args = parser.parse_args(namespace=kept)
+        for flag, value in args.checkpoint["flags"].items():
+            if args.resume and flag not in ("epochs", "data") and getattr(args, flag) != value:
+                fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts {path}: {value}")
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
@@ -129,6 +159,7 @@ def parse(parser):
         fail(f"--out {args.out} cannot be written: {error.strerror}")
     if args.dry_run:
         args.epochs = 1
+    args.images_per_step = args.batch_size
     torch.manual_seed(args.seed)
     return args
 
@@ -148,6 +179,10 @@ class Data:
         self.name, self.classes = name, classes
         (self.x_train, self.y_train), (self.x_test, self.y_test) = train, test
         self.shape = tuple(self.x_train.shape[1:])  # (C, H, W)
+
+    def identity(self):
+        """Name, number of training images and their shape: what a resumed run must find again."""
+        return self.name, len(self.x_train), *self.shape
 
     def batches(self, batch_size, translate=0.0):
         """One epoch in a fresh random order; yields x (B, C, H, W) in [0, 1] and y (B,).
@@ -193,7 +228,7 @@ def load_data(args):
     if args.generate and not args.score:  # the networks need the shape and the classes, nothing else
         c, h, w = args.checkpoint["shape"]
         none = torch.empty(0, c, h, w, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-        return Data(args.checkpoint["data"], none, none, args.checkpoint["classes"])
+        return Data(args.checkpoint["data_identity"][0], none, none, args.checkpoint["classes"])
     name = "mnist" if args.data == "auto" else args.data
     try:
         if name in TORCHVISION:
@@ -207,8 +242,8 @@ def load_data(args):
             fail(f"--data {name}: {error}")
         print(f"Training on the built-in synthetic digits: {error}")
         name, (train, test, classes) = "synthetic", synthetic(args)
-    if len(train[0]) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(train[0])} training images")
+    if len(train[0]) < args.images_per_step:
+        fail(f"a step takes {args.images_per_step} images, there are {len(train[0])} to train with")
 
     def prepare(x, y, at_most):
         x, y = (x[:at_most], y[:at_most]) if args.dry_run else (x, y)
@@ -216,7 +251,7 @@ def load_data(args):
             x = torch.cat([resize(part, [args.image_size] * 2) for part in x.split(5000)])
         return x.to(args.device), y.to(args.device)
 
-    return Data(name, prepare(*train, 2 * args.batch_size), prepare(*test, 200), classes)
+    return Data(name, prepare(*train, 2 * args.images_per_step), prepare(*test, 200), classes)
 
 
 TORCHVISION = {
@@ -225,6 +260,11 @@ TORCHVISION = {
 IDX_BYTES = {  # of MNIST and Fashion-MNIST alike
     "train-images-idx3-ubyte": 47_040_016, "train-labels-idx1-ubyte": 60_008,
     "t10k-images-idx3-ubyte": 7_840_016, "t10k-labels-idx1-ubyte": 10_008,
+}  # fmt: skip
+
+MNIST_CRC32 = {
+    "train-images-idx3-ubyte": 3925137587, "train-labels-idx1-ubyte": 3771419346,
+    "t10k-images-idx3-ubyte": 2436316127, "t10k-labels-idx1-ubyte": 1253699577,
 }  # fmt: skip
 
 
@@ -237,6 +277,8 @@ def load_torchvision(name, root):
         for path in folder.glob("*-ubyte"):
             if (size := path.stat().st_size) != (whole := IDX_BYTES.get(path.name, size)):
                 fail(f"{path} is damaged: it has {size} bytes, not {whole}")
+            if name == "mnist" and zlib.crc32(path.read_bytes()) != MNIST_CRC32.get(path.name):
+                fail(f"{path} is damaged: it is not the file of MNIST")
         return kind(root, train=True), kind(root, train=False)
 
     try:
@@ -392,7 +434,7 @@ def decode_one(path, size):
 
 def synthetic(args):
     """60,000 + 10,000 digits in the form of MNIST, drawn from Pillow's built-in font and warped."""
-    n, m = (2 * args.batch_size, 200) if args.dry_run else (60_000, 10_000)
+    n, m = (2 * args.images_per_step, 200) if args.dry_run else (60_000, 10_000)
     return draw_digits(n, seed=1), draw_digits(m, seed=2), list("0123456789")
 
 
@@ -443,6 +485,16 @@ def mlp(sizes, norm=False, activation=nn.ReLU, dropout=0.0):
     return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
+def mlp_encoder(shape, hidden, out_dim, norm=True):
+    """(B, C, H, W) in [0, 1] -> (B, out_dim)."""
+    return nn.Sequential(nn.Flatten(), mlp([math.prod(shape), *hidden, out_dim], norm))
+
+
+def mlp_decoder(shape, hidden, latent_dim, norm=True):
+    """(B, latent_dim) -> logits (B, C, H, W)."""
+    return nn.Sequential(mlp([latent_dim, *hidden, math.prod(shape)], norm), nn.Unflatten(1, shape))
+
+
 def conv_plan(image_size, width):
     """Sides and channels after each halving, to a side of at most 7: (28, 16) -> [14, 7], [16, 32]."""
     sides = [image_size // 2]
@@ -487,22 +539,16 @@ def conv_decoder(shape, width, latent_dim, norm=True):
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-class ConvDiscriminator(nn.Module):
-    """(B, C, H, W) in [0, 1] -> logits (B,) = head(features(x)).
+class Discriminator(nn.Module):
+    """(B, C, H, W) in [0, 1] -> logits (B,) = head(features(x)), from a body and a top of layers.
 
-    The features are the bare output of the last convolution but one: (B, C', H', W'). No batch
-    norm: real and generated images may share a batch, and the network serves as a critic too.
+    No batch norm in them: real and generated images may share a batch, and the network serves as a
+    Wasserstein critic too.
     """
 
-    def __init__(self, shape, width):
+    def __init__(self, body, top):
         super().__init__()
-        convs, (c, h, w) = conv_down(shape, width, norm=False)
-        self.body = convs[:-1]  # without the last activation
-        self.top = nn.Sequential(
-            nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
-            nn.LeakyReLU(0.2, inplace=True), nn.Flatten(),
-            nn.Linear(2 * c * -(-h // 2) * -(-w // 2), 1),
-        )  # fmt: skip
+        self.body, self.top = body, top
         for layer in self.modules():  # He et al. 2015: torch's own start is too timid for one epoch
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, a=0.2)
@@ -517,6 +563,26 @@ class ConvDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))
+
+
+def mlp_discriminator(shape, hidden, dropout=0.0):
+    """A Discriminator of linear layers; each but the last with leaky ReLU and dropout."""
+    sizes = [math.prod(shape), *hidden, 1]
+    return Discriminator(nn.Flatten(), mlp(sizes, False, lambda: nn.LeakyReLU(0.2), dropout))
+
+
+def conv_discriminator(shape, width):
+    """A Discriminator of strided convolutions.
+
+    Its features are the bare output of the last convolution but one: (B, C', H', W').
+    """
+    convs, (c, h, w) = conv_down(shape, width, norm=False)
+    top = nn.Sequential(
+        nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2, inplace=True), nn.Flatten(),
+        nn.Linear(2 * c * -(-h // 2) * -(-w // 2), 1),
+    )  # fmt: skip
+    return Discriminator(convs[:-1], top)  # without the last activation
 
 
 # ---------------------------------------------------------------------------------------------
@@ -641,10 +707,10 @@ def load_classifier(data, args):
     c, h, w = data.shape
     side = (h // 4) * (w // 4)
     network = nn.Sequential(
-        nn.Conv2d(c, 16, 5, padding=2), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(c, 16, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * side, 64), nn.ReLU(), nn.Linear(64, len(data.classes)),
-    )  # fmt: skip
+    ).to(memory_format=torch.channels_last)  # fmt: skip
     checksum = zlib.crc32(data.x_train.cpu().numpy())
     path = args.data_dir / f"classifier-{Path(data.name).name}-{checksum:08x}.pt"
     try:
@@ -652,6 +718,8 @@ def load_classifier(data, args):
         return network.to(args.device).eval()
     except FileNotFoundError:
         pass
+    except Exception as error:  # whatever unpickling a foreign or truncated file runs into
+        print(f"{path} is damaged ({first_line(error)})")
     print(f"Training the classifier that scores samples, once: {path}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -659,7 +727,7 @@ def load_classifier(data, args):
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
         network.to(args.device)
-        epochs, batch_size = 4, min(128, len(data.x_train))
+        epochs, batch_size = 3, min(128, len(data.x_train))
         opt = torch.optim.Adam(network.parameters())
         steps = epochs * (len(data.x_train) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
@@ -690,18 +758,22 @@ def write_file(path, content, sync=False):
 
     `sync` waits for the disk, so that this holds after a power cut too; that can take a second.
     """
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
+    path, temporary = Path(path), None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            temporary = file.name
             file.write(content)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            fail(f"{path} cannot be written: {error.strerror}", 1)
+        raise
 
 
 def picture(x):
@@ -720,7 +792,7 @@ def load_checkpoint(path, name):
     """The checkpoint of script `name` as a dict on the CPU; one line and status 2 if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == name:
+        if checkpoint["script"] == name and checkpoint["flags"]:
             return checkpoint
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
     except FileNotFoundError:
@@ -738,33 +810,48 @@ class Run:
 
     def __init__(self, args, data, networks, optimizers):
         self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
-        self.rows, self.progress = [], []
+        self.rows, self.losses, self.progress = [], [], []
         self.score = Score(data, args) if args.score else None
         self.epoch = self.step = self.seconds = 0
-        self.steps_per_epoch = len(data.x_train) // args.batch_size
+        self.steps_per_epoch = len(data.x_train) // args.images_per_step
         if args.checkpoint:
-            try:
-                for name, network in networks.items():
-                    network.load_state_dict(args.checkpoint["networks"][name])
-            except (KeyError, RuntimeError):
-                fail(f"{self.path('.pt')} holds other networks than the flags ask for: leave them out")
+            self.restore(args.checkpoint)
+        if args.generate:
             return
         flags = ", ".join(f"{key} {value}" for key, value in self.flags().items())
         print(f"{args.name}.py on {args.device} with {data.name} ({len(data.x_train)} images): {flags}")
+
+    def restore(self, saved):
+        """The networks of a checkpoint and, for --resume, all that the next epoch builds on."""
+        data, before = self.data.identity(), tuple(saved["data_identity"])
+        if self.args.resume and data != before:
+            fail(f"{self.path('.pt')} was trained on other data: {before}, not {data}")
+        try:
+            for name, network in self.networks.items():
+                network.load_state_dict(saved["networks"][name])
+        except (KeyError, RuntimeError):
+            fail(f"{self.path('.pt')} holds other networks than the flags ask for: leave them out")
+        if not self.args.resume:
+            return
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        self.epoch, self.rows, self.seconds = saved["epoch"], saved["rows"], saved["seconds"]
+        self.step, self.progress = self.epoch * self.steps_per_epoch, [saved["progress"]]
+        self.write_csv()  # without the rows of an epoch that was not completed
 
     def path(self, what):
         return self.args.out / f"{self.args.name}{what}"
 
     def flags(self):
         """The flags that make the run what it is: not those that say where it runs and writes."""
-        apart = "name checkpoint out device data_dir generate score dry_run log_every".split()
+        apart = "name checkpoint images_per_step out device data_dir generate resume score log_every".split()
         return {key: value for key, value in vars(self.args).items() if key not in apart}
 
     def epochs(self):
         """Epoch numbers from 1. Each epoch's randomness depends on --seed and its number alone."""
         for self.epoch in range(self.epoch + 1, self.args.epochs + 1):
             torch.manual_seed(self.args.seed * 100_003 + self.epoch)
-            self.start, self.sums, self.count = time.monotonic(), 0, 0
+            self.start = time.monotonic()
             yield self.epoch
         print(f"Pictures, losses and checkpoint: {self.path('*')}")
 
@@ -773,8 +860,7 @@ class Run:
 
         Sets the learning rate of the next step too.
         """
-        self.sums = self.sums + torch.stack(list(losses.values()))
-        self.count += 1
+        self.losses.append(torch.stack(list(losses.values())))
         self.step += 1
         done = self.step - (self.epoch - 1) * self.steps_per_epoch
         if self.args.lr_schedule == "linear":
@@ -784,8 +870,8 @@ class Run:
                     group["lr"] = optimizer.defaults["lr"] * left
         if self.step % self.args.log_every and done < self.steps_per_epoch:
             return
-        means = (self.sums / self.count).tolist()
-        self.sums, self.count = 0, 0
+        self.check_finite(torch.stack(self.losses), list(losses), done == self.steps_per_epoch)
+        means, self.losses = torch.stack(self.losses).mean(0).tolist(), []
         seconds = self.seconds + time.monotonic() - self.start
         if done == self.steps_per_epoch:
             self.seconds = seconds
@@ -795,6 +881,19 @@ class Run:
         if sys.stdout.isatty():
             line = self.line(f"{100 * done // self.steps_per_epoch}%")
             print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+
+    def check_finite(self, table, names, epoch_ends):
+        """End the run if there is a NaN or an infinity in the losses (steps, names) or the weights."""
+        what = None
+        for row, column in (~table.isfinite()).nonzero().tolist()[:1]:
+            what = f"{names[column]} is {table[row, column]} at step {self.step - len(table) + row + 1}"
+        if epoch_ends and not what:
+            for name, network in self.networks.items():
+                if not all(value.isfinite().all() for value in network.state_dict().values()):
+                    what = f"a weight of the {name} is not finite at step {self.step}"
+        if what:
+            last = f"{self.path('.pt')} holds epoch {self.epoch - 1}" if self.epoch > 1 else "no epoch was completed"
+            fail(f"{what}: training diverged, try a smaller --lr; {last}", 1)
 
     def end_epoch(self, samples, draw, test=None):
         """Complete the epoch's last CSV row, add a row to the progress picture, save the checkpoint.
@@ -806,7 +905,7 @@ class Run:
             self.rows[-1].update(self.score(*self.draw(draw, 10_000)))
         self.write_csv()
         self.progress.append((samples[:10].detach().cpu() * 255).round().to(torch.uint8))
-        self.save_grid("progress", torch.cat(self.progress).float() / 255, 10)
+        self.save_grid("progress", torch.cat(self.progress).float() / 255, len(samples[:10]))
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
         write_file(self.path(".pt"), buffer.getvalue(), sync=True)
@@ -835,7 +934,7 @@ class Run:
     def state(self):
         return {
             "script": self.args.name, "epoch": self.epoch, "flags": self.flags(),
-            "data": self.data.name, "shape": self.data.shape, "classes": self.data.classes,
+            "data_identity": self.data.identity(), "shape": self.data.shape, "classes": self.data.classes,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "rows": self.rows, "progress": torch.cat(self.progress), "seconds": self.seconds,
@@ -848,15 +947,19 @@ class Run:
 
     def generate(self, draw):
         """Write --generate samples as single PNG files, in a folder per label if there are labels."""
-        folder = self.path("_generated")
-        shutil.rmtree(folder, ignore_errors=True)
-        n = self.args.generate
-        for start in range(0, n, 1000):
-            images, labels = self.draw(draw, min(1000, n - start))
-            for i, x in enumerate(images):
-                part = folder if labels is None else folder / self.data.classes[labels[i]]
-                part.mkdir(parents=True, exist_ok=True)
-                picture(x).save(part / f"{start + i:06}.png")
+        folder, n = self.path("_generated"), self.args.generate
+        try:
+            with tempfile.TemporaryDirectory(dir=self.args.out, prefix=f".{folder.name}-") as tmp:
+                for start in range(0, n, 1000):
+                    images, labels = self.draw(draw, min(1000, n - start))
+                    for i, x in enumerate(images):
+                        part = Path(tmp, "new", *([] if labels is None else [self.data.classes[labels[i]]]))
+                        part.mkdir(parents=True, exist_ok=True)
+                        picture(x).save(part / f"{start + i:06}.png")
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(Path(tmp, "new"), folder)
+        except OSError as error:
+            fail(f"{folder} cannot be written: {error.strerror}", 1)
         print(f"Wrote {n} samples to {folder}")
         if self.score:
             numbers = self.score(*self.draw(draw, 10_000))

@@ -13,10 +13,13 @@ import io
 import math
 import os
 import re
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -30,14 +33,18 @@ import common  # noqa: E402
 
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("common", "test_smoke"))
 GRIDS = {"samples": (8, 8), "progress": (10, 1), "reconstructions": (8, 8), "interpolation": (6, 16)}
-PICTURES = {
-    "vae": ["samples", "progress", "reconstructions", "interpolation"],
-    "vaegan": ["samples", "progress", "reconstructions", "interpolation"],
-}
+PICTURES = {script: ["samples", "progress", "interpolation"] for script in SCRIPTS}
+for script in {"vae", "cvae", "vaegan"} & set(SCRIPTS):
+    PICTURES[script].append("reconstructions")
+GAN = "loss_d loss_g d_real d_fake"
 COLUMNS = {
     "vae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
+    "cvae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
+    "gan": GAN, "cgan": GAN, "dcgan": GAN,
+    "wgan": "loss_d wasserstein c_real c_fake penalty loss_g grad_norm",
     "vaegan": "loss_d loss_g loss_kl loss_features d_real d_recon d_fake",
-}
+}  # fmt: skip
+CONDITIONAL = ("cgan", "cvae")
 
 
 def load(script, *flags):
@@ -78,7 +85,8 @@ class CommandLine(TemporaryFolder):
                 low, high = image.convert("L").getextrema()
                 self.assertLess(low, high, name)
                 if name in GRIDS:
-                    self.assertEqual(image.size, tuple(30 * side + 2 for side in GRIDS[name]), name)
+                    grid = (10, 10) if name == "samples" and script in CONDITIONAL else GRIDS[name]
+                    self.assertEqual(image.size, tuple(30 * side + 2 for side in grid), name)
         with open(out / f"{script}.csv", newline="") as file:
             header, *rows = csv.reader(file)
         self.assertEqual(header, ["epoch", "step", "seconds", *COLUMNS[script].split()])
@@ -114,6 +122,12 @@ class CommandLine(TemporaryFolder):
         check("vae", "--latent-dim", 2, "--binarize", "--norm", "none", pictures=plane)
         check("vae", "--arch", "conv", "--recon", "mse", "--opt", "rmsprop", "--translate", 0.1)
         check("vaegan", "--opt", "rmsprop", "--lr-schedule", "linear")
+        check("gan", "--arch", "conv", "--loss", "minimax", "--d-steps", 2)
+        check("gan", "--hidden", 32, 64, "--dropout", 0, "--opt", "sgd")
+        check("cgan", "--arch", "conv", "--ema", 0)
+        for arch in ("mlp", "conv"):
+            check("wgan", "--arch", arch, "--lipschitz", "clip")
+            check("wgan", "--arch", arch, "--lipschitz", "gp", "--n-critic", 2)
 
     def test_scoring_does_not_change_training(self):
         losses = []
@@ -188,6 +202,11 @@ class CommandLine(TemporaryFolder):
             Image.new("L", (8, 8)).save(path)
         for name in common.IDX_BYTES:
             (raw / name).write_bytes(b"\0" * 100)
+        altered = self.tmp / "altered" / "MNIST" / "raw"
+        altered.mkdir(parents=True)
+        for name, size in common.IDX_BYTES.items():
+            (altered / name).write_bytes(b"\0" * size)
+        (self.tmp / "vae.pt").write_bytes(b"no checkpoint")
         (self.tmp / "file").write_text("")
         (broken / "a.png").write_text("no picture")
         cases = {
@@ -195,7 +214,7 @@ class CommandLine(TemporaryFolder):
             ("--epochs", 1.5): "--epochs: must be a whole number",
             ("--lr", "nan"): "--lr: must be a number",
             ("--batch-size", 0): "--batch-size: must be",
-            ("--batch-size", 70_000, "--data", "synthetic"): "more than the 60000 training images",
+            ("--batch-size", 70_000, "--data", "synthetic"): "there are 60000 to train with",
             ("--latent-dim", 0): "--latent-dim: must be",
             ("--gamma", -1): "--gamma: must be",
             ("--image-size", 30): "a multiple of 4",
@@ -206,6 +225,9 @@ class CommandLine(TemporaryFolder):
             ("--data", broken): "none of the 1 pictures can be read",
             ("--data", "synthetic", "--out", self.tmp / "file" / "x"): "cannot be written",
             ("--data-dir", short): "is damaged",
+            ("--data-dir", self.tmp / "altered"): "not the file of MNIST",
+            ("--resume", "--out", empty): "train first",
+            ("--resume", "--generate", 1): "exclude each other",
             ("--generate", 5, "--out", empty): "train first",
             ("--nonsense",): "unrecognized arguments",
         }
@@ -221,6 +243,110 @@ class CommandLine(TemporaryFolder):
                 self.assertEqual(end.exception.code, 2)
                 self.assertIn(message, error.getvalue())
                 self.assertEqual(error.getvalue().count("\n"), 1, error.getvalue())
+
+    def tiny_run(self, script, out, *flags):
+        """Three epochs on 30 small pictures of two classes; the files' contents, without the seconds."""
+        pictures = self.tmp / "pictures"
+        for i in range(0 if pictures.exists() else 30):
+            path = pictures / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((8, 8), 50).save(path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module, args = load(script, "--data", pictures, "--batch-size", 2, "--out", out, "--log-every", 2, *flags)
+            module.main(args)
+        contents = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".pt"}
+        rows = contents[f"{script}.csv"].decode().splitlines()
+        contents[f"{script}.csv"] = [row.split(",")[:2] + row.split(",")[3:] for row in rows]
+        return contents
+
+    def test_resume(self):
+        """A run that was stopped in mid-epoch and resumed leaves the files of one that was not."""
+        arches = {"vae": ["mlp", "conv"], "cvae": ["mlp", "conv"], "gan": ["mlp", "conv"],
+                  "cgan": ["mlp", "conv"], "wgan": ["mlp", "conv"]}  # fmt: skip
+        for script in SCRIPTS:
+            for arch in arches.get(script, [None]):
+                with self.subTest(script=script, arch=arch):
+                    flags = ["--arch", arch] if arch else []
+                    name = f"{script}{arch}"
+                    through = self.tiny_run(script, self.tmp / f"through{name}", "--epochs", 3, *flags)
+                    log, out = common.Run.log, self.tmp / f"stopped{name}"
+
+                    def stopped(run, losses):
+                        log(run, losses)
+                        if run.step == run.steps_per_epoch + 1:
+                            raise KeyboardInterrupt
+
+                    with mock.patch.object(common.Run, "log", stopped):
+                        self.assertRaises(KeyboardInterrupt, self.tiny_run, script, out, "--epochs", 3, *flags)
+                    self.assertEqual(self.tiny_run(script, out, "--resume"), through)
+
+    def test_killed_run_resumes(self):
+        """SIGKILL in mid-epoch; more epochs afterwards; a flag that contradicts the checkpoint."""
+        through = self.tiny_run("vae", self.tmp / "through", "--epochs", 3, "--lr-schedule", "constant")
+        code = (
+            "import os, signal, sys, common, vae\n"
+            "log = common.Run.log\n"
+            "def kill(run, losses):\n"
+            "    log(run, losses)\n"
+            "    if run.epoch == 2 and run.step - run.steps_per_epoch == 3:\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "common.Run.log = kill\n"
+            "vae.main(vae.parse_args())"
+        )
+        command = [sys.executable, "-c", code, "--data", self.tmp / "pictures", "--batch-size", "2", "--epochs", "2"]
+        command += ["--out", self.tmp / "out", "--log-every", "2", "--lr-schedule", "constant"]
+        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, env=env, cwd=self.tmp, capture_output=True, text=True)
+        self.assertEqual(done.returncode, -9, done.stderr)
+        self.assertEqual(self.tiny_run("vae", self.tmp / "out", "--resume", "--epochs", 3), through)
+        for flags, message in ((["--arch", "conv"], "contradicts"), (["--data", "synthetic"], "other data")):
+            error = io.StringIO()
+            with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+                self.tiny_run("vae", self.tmp / "out", "--resume", *flags)
+            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
+            self.assertIn(message, error.getvalue())
+
+    def test_signals(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            out = self.tmp / number.name
+            command = [sys.executable, HERE / "vae.py", "--data", "synthetic", "--out", out, "--log-every", "1"]
+            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while not (out / "vae.csv").exists() and run.poll() is None:
+                time.sleep(0.05)
+            run.send_signal(number)
+            _, error = run.communicate(timeout=60)
+            self.assertEqual(run.returncode, 128 + number)
+            self.assertEqual(error.count("\n"), 1, error)
+            self.assertEqual([path.name for path in out.iterdir()], ["vae.csv"])
+
+    def test_divergence_and_lost_folders(self):
+        """Non-finite losses and an output folder that vanishes end a run with one line and status 1."""
+        step, out = importlib.import_module("vae").train_step, self.tmp / "out"
+
+        def nan(*rest):
+            losses = step(*rest)
+            return {**losses, "loss_kl": losses["loss_kl"] * (math.nan if nan.steps == 20 else 1)}
+
+        def vanish(*rest):
+            if nan.steps == 20:
+                shutil.rmtree(out)
+            return step(*rest)
+
+        for broken, message in ((nan, "loss_kl is nan at step 20"), (vanish, "cannot be written")):
+            nan.steps, error = 0, io.StringIO()
+
+            def counted(*rest):
+                nan.steps += 1
+                return broken(*rest)
+
+            with mock.patch("vae.train_step", counted), contextlib.redirect_stderr(error):
+                with self.assertRaises(SystemExit) as end:
+                    self.tiny_run("vae", out, "--epochs", 3)
+            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (1, 1))
+            self.assertIn(message, error.getvalue())
+            if broken is nan:
+                self.assertIn("vae.pt holds epoch 1", error.getvalue())
+                self.assertNotIn("nan", (out / "vae.csv").read_text())
 
     def test_source(self):
         """Only torch, torchvision, the standard library and common; no side effects of an import."""
@@ -289,7 +415,7 @@ class Data(TemporaryFolder):
 
     def test_packed_mnist_is_enough(self):
         """The .gz files alone, unpacked without a network; a truncated one is named."""
-        raw = self.tmp / "MNIST" / "raw"
+        raw = self.tmp / "FashionMNIST" / "raw"
         raw.mkdir(parents=True)
         for name, size in common.IDX_BYTES.items():
             sides = [28, 28] if "images" in name else []
@@ -297,22 +423,21 @@ class Data(TemporaryFolder):
             header = struct.pack(f">HBB{1 + len(sides)}I", 0, 8, 1 + len(sides), n, *sides)
             (raw / f"{name}.gz").write_bytes(gzip.compress(header.ljust(size, b"\0"), 1))
         with contextlib.redirect_stdout(io.StringIO()):
-            (x, y), _, _ = common.load_torchvision("mnist", self.tmp)
+            (x, y), _, _ = common.load_torchvision("fashion-mnist", self.tmp)
         self.assertEqual((x.shape, y.shape), ((60_000, 1, 28, 28), (60_000,)))
-        self.assertEqual([path.name for path in self.tmp.iterdir()], ["MNIST"])
+        self.assertEqual([path.name for path in self.tmp.iterdir()], ["FashionMNIST"])
         for path in raw.glob("*ubyte"):
             path.unlink()
         last = raw / "t10k-labels-idx1-ubyte.gz"
         last.write_bytes(last.read_bytes()[:-20])
         error = io.StringIO()
         with contextlib.redirect_stdout(error), contextlib.redirect_stderr(error):
-            self.assertRaises(SystemExit, common.load_torchvision, "mnist", self.tmp)
+            self.assertRaises(SystemExit, common.load_torchvision, "fashion-mnist", self.tmp)
         self.assertIn("t10k-labels-idx1-ubyte.gz is damaged", error.getvalue())
 
     def test_hanging_download_is_given_up(self):
         class Hangs:
             def __init__(self, root, download):
-                import time
                 time.sleep(30)
 
         with contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(OSError, "nothing came"):
@@ -344,7 +469,7 @@ class Maths(unittest.TestCase):
             networks = [
                 common.conv_encoder(shape, 4, 2 * args.latent_dim),
                 common.conv_decoder(shape, 4, args.latent_dim),
-                common.ConvDiscriminator(shape, 4),
+                common.conv_discriminator(shape, 4),
             ]
             before = [values(network) for network in networks]
             optimizers = [torch.optim.SGD(n.parameters(), lr) for n, lr in zip(networks, (lr_e, lr_g, lr_d))]
@@ -358,12 +483,66 @@ class Maths(unittest.TestCase):
         usual, without = step(1e-3, 0, 0), step(1e-3, 0, 0, lambda a, b: 0 * a.mean())
         self.assertTrue(torch.equal(usual[0], without[0]))
 
+    def test_gan_updates(self):
+        """A step of one network leaves the other as it was; the discriminator's lowers its loss."""
+        x, labels = common.draw_digits(16, 1)
+        x, y = x.float() / 255, torch.nn.functional.one_hot(labels, 10).float()
+        for script in {"gan", "cgan", "dcgan", "wgan"} & set(SCRIPTS):
+            module, args = load(script, "--batch-size", 8, "--out", tempfile.gettempdir())
+            for lr_g, lr_d in ((1e-3, 0), (0, 1e-3)):
+                generator = common.conv_decoder((1, 28, 28), 4, args.latent_dim + 10 * (script == "cgan"))
+                discriminator = common.conv_discriminator((1 + 10 * (script == "cgan"), 28, 28), 4)
+                if script == "cgan":
+                    generator = module.ConditionalGenerator(generator)
+                    discriminator = module.ConditionalDiscriminator(discriminator, flat=False)
+                before = values(generator), values(discriminator)
+                opts = [torch.optim.SGD(n.parameters(), lr) for n, lr in ((generator, lr_g), (discriminator, lr_d))]
+                batch = (x, y) if script == "cgan" else (x,)
+                module.train_step(*batch, args, generator, discriminator, *opts)
+                self.assertEqual(torch.equal(values(generator), before[0]), lr_g == 0, script)
+                self.assertEqual(torch.equal(values(discriminator), before[1]), lr_d == 0, script)
+
+    def test_wgan(self):
+        """Signs, the clipping box, the penalty of a linear critic, no batch norm in a critic."""
+        wgan, args = load("wgan", "--lipschitz", "clip", "--clip", 0.02, "--out", tempfile.gettempdir())
+        high, low = torch.ones(4), torch.zeros(4)
+        self.assertEqual(wgan.critic_loss(high, low).item(), -1)  # a critic that rates real images higher
+        self.assertEqual(wgan.generator_loss(high).item(), -1)
+        x, critic = torch.rand(8, 1, 28, 28), common.mlp_discriminator((1, 28, 28), [])
+        slope = 2 * critic.top[0].weight.norm()  # the critic's input is 2 x - 1
+        penalty = wgan.gradient_penalty(critic, x, torch.rand_like(x))
+        self.assertAlmostEqual(penalty.item(), ((slope - 1) ** 2).item(), places=4)
+        for network in (critic, common.conv_discriminator((1, 28, 28), 4)):
+            self.assertFalse([m for m in network.modules() if "BatchNorm" in type(m).__name__])
+            generator = common.mlp_decoder((1, 28, 28), [8], args.latent_dim)
+            for _ in range(3):
+                optimizer = common.make_optimizer(args, network, 0.1)
+                wgan.critic_step(x, args, generator, network, optimizer)
+                self.assertLessEqual(values(network).abs().max().item(), args.clip)
+
+    def test_labels_matter(self):
+        """They change what a conditional model draws, and the last of them is drawn too."""
+        for script in {"cgan", "cvae"} & set(SCRIPTS):
+            with tempfile.TemporaryDirectory() as out:
+                call(script, "--dry-run", "--out", out)
+                with Image.open(Path(out) / f"{script}_samples.png") as image:
+                    column = [image.crop((2, 30 * i + 2, 30, 30 * i + 30)).tobytes() for i in range(10)]
+                self.assertEqual(len(set(column)), 10)
+                call(script, "--generate", 300, "--out", out)
+                folders = sorted(path.name for path in (Path(out) / f"{script}_generated").iterdir())
+                self.assertEqual(folders, list("0123456789"))
+
     def test_sampling_leaves_batch_statistics_alone(self):
         for script in SCRIPTS:
             module = importlib.import_module(script)
             decoder = common.conv_decoder((1, 28, 28), 4, 8)
             before = {k: v.clone() for k, v in decoder.state_dict().items()}
-            x = module.sample(decoder, torch.randn(6, 8))
+            z, y = torch.randn(6, 5), torch.eye(10)[:6, :3]
+            if script in CONDITIONAL:
+                decoder.forward = lambda z, y, forward=decoder.forward: forward(torch.cat([z, y], 1))
+                x = module.sample(decoder, z, y)
+            else:
+                x = module.sample(decoder, torch.cat([z, y], 1))
             self.assertEqual(x.shape, (6, 1, 28, 28))
             self.assertTrue(0 <= x.min() and x.max() <= 1 and decoder.training)
             for key, value in decoder.state_dict().items():
@@ -375,7 +554,7 @@ class Maths(unittest.TestCase):
             x = common.conv_decoder(shape, 2, 5)(torch.randn(2, 5))
             self.assertEqual(x.shape, (2, *shape))
             self.assertEqual(common.conv_encoder(shape, 2, 6)(x).shape, (2, 6))
-            self.assertEqual(common.ConvDiscriminator(shape, 2)(x).shape, (2,))
+            self.assertEqual(common.conv_discriminator(shape, 2)(x).shape, (2,))
 
     def test_scores(self):
         """Real images score well, collapsed ones do not, and the classifier is trained once."""

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    Run, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data, make_optimizer, mlp,
-    number, parse, reparameterize, save_png, shared_flags,
+    Run, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data, make_optimizer,
+    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags,
 )  # fmt: skip
 
 
@@ -144,12 +144,10 @@ def scatter(codes, labels, n_classes, size=600):
 
 def main(args):
     data = load_data(args)
-    norm, pixels = args.norm == "batch", math.prod(data.shape)
+    norm = args.norm == "batch"
     if args.arch == "mlp":
-        encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *args.hidden, 2 * args.latent_dim], norm))
-        decoder = nn.Sequential(
-            mlp([args.latent_dim, *args.hidden[::-1], pixels], norm), nn.Unflatten(1, data.shape)
-        )
+        encoder = mlp_encoder(data.shape, args.hidden, 2 * args.latent_dim, norm)
+        decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim, norm)
     else:
         encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)
         decoder = conv_decoder(data.shape, args.width, args.latent_dim, norm)
@@ -162,7 +160,7 @@ def main(args):
 
     if args.generate:
         return run.generate(draw)
-    z_fixed = torch.randn(64, args.latent_dim, device=args.device)
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed = data.examples(32)
 
     for epoch in run.epochs():

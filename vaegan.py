@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    ConvDiscriminator, Run, average, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data,
+    Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
     make_optimizer, number, parse, reparameterize, shared_flags, update_average,
 )  # fmt: skip
 
@@ -143,7 +143,7 @@ def main(args):
     data = load_data(args)
     encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim).to(args.device)
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
-    discriminator = ConvDiscriminator(data.shape, args.width).to(args.device)
+    discriminator = conv_discriminator(data.shape, args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
@@ -159,7 +159,7 @@ def main(args):
 
     if args.generate:
         return run.generate(draw)
-    z_fixed = torch.randn(64, args.latent_dim, device=args.device)
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed = data.examples(32)
 
     for epoch in run.epochs():

@@ -1,0 +1,170 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision"]
+# ///
+"""CGAN: a conditional generative adversarial network.
+
+Mirza, Osindero: Conditional generative adversarial nets, 2014, arXiv 1411.1784.
+
+The GAN of gan.py whose two networks are told the label y, as a one-hot vector: the generator beside the
+noise, x_fake = generator(z, y), the discriminator beside the image. Averaged over the batch:
+
+    loss_d = -log D(x, y) - log(1 - D(x_fake, y))
+    loss_g = -log D(x_fake, y)
+
+    discriminator  minimises  loss_d
+    generator      minimises  loss_g
+
+TODO
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
+    mlp_discriminator, number, parse, shared_flags, update_average,
+)  # fmt: skip
+
+
+def parse_args():
+    parser = shared_flags(
+        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=2e-4, latent_dim=100, width=16,
+        lr_schedule="constant",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
+    add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
+        help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
+    add("--dropout", type=number(float, 0, 0.9), default=0.3, help="in the mlp discriminator")
+    add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
+        help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
+    add("--ema", type=number(float, 0, 1), default=0.99,
+        help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
+    return parse(parser, conv={"lr": 2e-3, "batch_size": 32})
+
+
+class ConditionalGenerator(nn.Module):
+    """z (B, latent_dim) and y (B, n_classes) -> logits (B, C, H, W): the label is part of the code."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, z, y):
+        return self.network(torch.cat([z, y], 1))
+
+
+class ConditionalDiscriminator(nn.Module):
+    """x (B, C, H, W) in [0, 1] and y (B, n_classes) -> logits (B,).
+
+    The label joins the pixels: as n_classes more channels, or as n_classes more inputs of a fully
+    connected network, so much larger that they weigh as much as all the pixels.
+    """
+
+    def __init__(self, network, flat):
+        super().__init__()
+        self.network, self.flat = network, flat
+
+    def forward(self, x, y):
+        if self.flat:
+            x = x.flatten(1)
+            return self.network(torch.cat([x, y * (x.shape[1] / y.shape[1]) ** 0.5], 1))
+        return self.network(torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1))
+
+
+def discriminator_loss(d_real, d_fake):
+    """-log D(x, y) - log(1 - D(x_fake, y)) from logits (B,), averaged."""
+    return (F.softplus(-d_real) + F.softplus(d_fake)).mean()
+
+
+def generator_loss(d_fake):
+    """-log D(x_fake, y) from logits (B,), averaged."""
+    return F.softplus(-d_fake).mean()
+
+
+def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
+    """One update of each network on x (B, C, H, W) and y (B, n_classes); returns detached scalars."""
+    # (1) Discriminator: maximise log D(x, y) + log(1 - D(x_fake, y))
+    z = torch.randn(len(x), args.latent_dim, device=x.device)
+    x_fake = generator(z, y).sigmoid()
+    d_real, d_fake = discriminator(torch.cat([x, x_fake.detach()]), torch.cat([y, y])).chunk(2)
+    loss_d = discriminator_loss(d_real, d_fake)
+    opt_d.zero_grad()
+    loss_d.backward()
+    opt_d.step()
+
+    # (2) Generator: maximise log D(x_fake, y)
+    loss_g = generator_loss(discriminator(x_fake, y))
+    opt_g.zero_grad()
+    loss_g.backward(inputs=list(generator.parameters()))
+    opt_g.step()
+
+    losses = {
+        "loss_d": loss_d, "loss_g": loss_g, "d_real": d_real.sigmoid().mean(),
+        "d_fake": d_fake.sigmoid().mean(),
+    }  # fmt: skip
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def sample(generator, z, y):
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes), in eval mode."""
+    was_training = generator.training
+    generator.eval()
+    x = torch.cat([generator(*part).sigmoid() for part in zip(z.split(500), y.split(500))])
+    generator.train(was_training)
+    return x
+
+
+def main(args):
+    data = load_data(args)
+    n_classes, (channels, height, width) = len(data.classes), data.shape
+    if args.arch == "mlp":
+        generator = mlp_decoder(data.shape, args.hidden, args.latent_dim + n_classes)
+        shape_d = (channels * height * width + n_classes,)
+        discriminator = mlp_discriminator(shape_d, args.hidden[::-1], args.dropout)
+    else:
+        generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
+        discriminator = conv_discriminator((channels + n_classes, height, width), args.width)
+    generator = ConditionalGenerator(generator)
+    discriminator = ConditionalDiscriminator(discriminator, flat=args.arch == "mlp")
+    generator, discriminator = generator.to(args.device), discriminator.to(args.device)
+    generator_ema = average(generator)
+    opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
+    run = Run(args, data, networks, {"generator": opt_g, "discriminator": opt_d})
+
+    def one_hot(labels):
+        return F.one_hot(labels, n_classes).float()
+
+    def draw(n):
+        labels = torch.randint(n_classes, (n,), device=args.device)
+        z = torch.randn(n, args.latent_dim, device=args.device)
+        return sample(generator_ema, z, one_hot(labels)), labels
+
+    if args.generate:
+        return run.generate(draw)
+    z_fixed = torch.randn(10, args.latent_dim).to(args.device)
+    every = torch.arange(n_classes, device=args.device)
+
+    for epoch in run.epochs():
+        for x, labels in data.batches(args.batch_size, args.translate):
+            losses = train_step(x, one_hot(labels), args, generator, discriminator, opt_g, opt_d)
+            update_average(generator_ema, generator, args.ema)
+            run.log(losses)
+        # A row per class, the same noise down a column
+        x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), one_hot(every).repeat_interleave(10, 0))
+        run.save_grid("samples", x_fake, 10)
+        # Eight walks from noise to noise with the label fixed, eight from label to label with the noise fixed
+        z, y = z_fixed[:8], one_hot(every.repeat(8))[:8]
+        z_walk, y_walk = interpolate(z, z_fixed[1:9]), interpolate(y, one_hot(every.repeat(9))[1:9])
+        z, y = torch.cat([z_walk, z.repeat_interleave(6, 0)]), torch.cat([y.repeat_interleave(6, 0), y_walk])
+        run.save_grid("interpolation", sample(generator_ema, z, y), 6)
+        run.end_epoch(x_fake[::11], draw)  # of each class one, with different noise
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -20,11 +20,10 @@ TODO
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from common import (
-    Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
-    mlp_discriminator, number, parse, shared_flags, update_average,
+    Conditional, Run, average, conv_decoder, conv_discriminator, load_data, make_optimizer, mlp_decoder,
+    mlp_discriminator, number, one_hot, parse, shared_flags, update_average, walks,
 )  # fmt: skip
 
 
@@ -43,35 +42,6 @@ def parse_args():
     add("--ema", type=number(float, 0, 1), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser, conv={"lr": 2e-3, "batch_size": 32})
-
-
-class ConditionalGenerator(nn.Module):
-    """z (B, latent_dim) and y (B, n_classes) -> logits (B, C, H, W): the label is part of the code."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, z, y):
-        return self.network(torch.cat([z, y], 1))
-
-
-class ConditionalDiscriminator(nn.Module):
-    """x (B, C, H, W) in [0, 1] and y (B, n_classes) -> logits (B,).
-
-    The label joins the pixels: as n_classes more channels, or as n_classes more inputs of a fully
-    connected network, so much larger that they weigh as much as all the pixels.
-    """
-
-    def __init__(self, network, flat):
-        super().__init__()
-        self.network, self.flat = network, flat
-
-    def forward(self, x, y):
-        if self.flat:
-            x = x.flatten(1)
-            return self.network(torch.cat([x, y * (x.shape[1] / y.shape[1]) ** 0.5], 1))
-        return self.network(torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1))
 
 
 def discriminator_loss(d_real, d_fake):
@@ -128,8 +98,7 @@ def main(args):
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
         discriminator = conv_discriminator((channels + n_classes, height, width), args.width)
-    generator = ConditionalGenerator(generator)
-    discriminator = ConditionalDiscriminator(discriminator, flat=args.arch == "mlp")
+    generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
     generator, discriminator = generator.to(args.device), discriminator.to(args.device)
     generator_ema = average(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
@@ -137,33 +106,25 @@ def main(args):
     networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
     run = Run(args, data, networks, {"generator": opt_g, "discriminator": opt_d})
 
-    def one_hot(labels):
-        return F.one_hot(labels, n_classes).float()
-
     def draw(n):
         labels = torch.randint(n_classes, (n,), device=args.device)
         z = torch.randn(n, args.latent_dim, device=args.device)
-        return sample(generator_ema, z, one_hot(labels)), labels
+        return sample(generator_ema, z, one_hot(labels, n_classes)), labels
 
     if args.generate:
         return run.generate(draw)
     z_fixed = torch.randn(10, args.latent_dim).to(args.device)
-    every = torch.arange(n_classes, device=args.device)
+    y_every = torch.eye(n_classes, device=args.device)
 
     for epoch in run.epochs():
         for x, labels in data.batches(args.batch_size, args.translate):
-            losses = train_step(x, one_hot(labels), args, generator, discriminator, opt_g, opt_d)
+            losses = train_step(x, one_hot(labels, n_classes), args, generator, discriminator, opt_g, opt_d)
             update_average(generator_ema, generator, args.ema)
             run.log(losses)
-        # A row per class, the same noise down a column
-        x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), one_hot(every).repeat_interleave(10, 0))
-        run.save_grid("samples", x_fake, 10)
-        # Eight walks from noise to noise with the label fixed, eight from label to label with the noise fixed
-        z, y = z_fixed[:8], one_hot(every.repeat(8))[:8]
-        z_walk, y_walk = interpolate(z, z_fixed[1:9]), interpolate(y, one_hot(every.repeat(9))[1:9])
-        z, y = torch.cat([z_walk, z.repeat_interleave(6, 0)]), torch.cat([y.repeat_interleave(6, 0), y_walk])
-        run.save_grid("interpolation", sample(generator_ema, z, y), 6)
-        run.end_epoch(x_fake[::11], draw)  # of each class one, with different noise
+        x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), y_every.repeat_interleave(10, 0))
+        run.save_grid("samples", x_fake, 10)  # a row per class, the same noise down a column
+        run.save_grid("interpolation", sample(generator_ema, *walks(z_fixed, y_every)), 6)
+        run.end_epoch(x_fake[::11], draw)  # one of each class
 
 
 if __name__ == "__main__":

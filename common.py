@@ -195,9 +195,11 @@ class Data:
             yield shift(x, translate) if translate else x, self.y_train[index]
 
     def examples(self, n):
-        """n test images, or all if there are fewer, from the whole of the set: (n, C, H, W) in [0, 1]."""
+        """n test images (n, C, H, W) in [0, 1], or all if there are fewer, from the whole of the set,
+        and their labels (n,)."""
         index = torch.linspace(0, len(self.x_test) - 1, min(n, len(self.x_test))).long()
-        return self.x_test[index.to(self.x_test.device)].float() / 255
+        index = index.to(self.x_test.device)
+        return self.x_test[index].float() / 255, self.y_test[index]
 
     def test_batches(self, batch_size=1000):
         """The test set in order; yields x in [0, 1] and y."""
@@ -585,6 +587,27 @@ def conv_discriminator(shape, width):
     return Discriminator(convs[:-1], top)  # without the last activation
 
 
+class Conditional(nn.Module):
+    """A network that is told the label y, one-hot (B, n_classes), beside its input.
+
+    A code (B, D) gets n_classes more numbers, an image (B, C, H, W) n_classes more channels. For a
+    fully connected network (flat) the image is flattened and y so large that it weighs as much as
+    all the pixels.
+    """
+
+    def __init__(self, network, flat=False):
+        super().__init__()
+        self.network, self.flat = network, flat
+
+    def forward(self, h, y):
+        if h.dim() == 2:
+            return self.network(torch.cat([h, y], 1))
+        if self.flat:
+            h = h.flatten(1)
+            return self.network(torch.cat([h, y * (h.shape[1] / y.shape[1]) ** 0.5], 1))
+        return self.network(torch.cat([h, y[:, :, None, None].expand(-1, -1, *h.shape[2:])], 1))
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 
@@ -627,6 +650,34 @@ def interpolate(z_from, z_to):
     """From each z_from to its z_to, both (N, latent_dim), in steps of 0.2: (6 N, latent_dim)."""
     t = torch.linspace(0, 1, 6, device=z_from.device)[:, None]
     return torch.lerp(z_from[:, None], z_to[:, None], t).flatten(0, 1)
+
+
+def one_hot(labels, n_classes):
+    """Labels (B,) as floats (B, n_classes)."""
+    return F.one_hot(labels, n_classes).float()
+
+
+def walks(z, y):
+    """Codes (96, latent_dim) and labels (96, n_classes) of 16 walks of a conditional model.
+
+    Eight go from one z (10, latent_dim) to the next with the label fixed, eight from one label
+    y (n_classes, n_classes) to the next with z fixed.
+    """
+    start, end = torch.arange(8) % len(y), torch.arange(1, 9) % len(y)
+    z_walk, y_walk = interpolate(z[:8], z[1:9]), interpolate(y[start], y[end])
+    z_still, y_still = z[:8].repeat_interleave(6, 0), y[start].repeat_interleave(6, 0)
+    return torch.cat([z_walk, z_still]), torch.cat([y_still, y_walk])
+
+
+def traverse(z, codes, steps=10, limit=3.0):
+    """Each latent dimension of z (latent_dim,) in turn from -limit to limit: (rows * steps, latent_dim).
+
+    Up to ten rows, of the dimensions in which the codes (N, latent_dim) vary most.
+    """
+    dims = codes.var(0).topk(min(10, len(z))).indices
+    z = z.repeat(len(dims), steps, 1)
+    z[torch.arange(len(dims)), :, dims] = torch.linspace(-limit, limit, steps, device=z.device)
+    return z.flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -844,7 +895,7 @@ class Run:
 
     def flags(self):
         """The flags that make the run what it is: not those that say where it runs and writes."""
-        apart = "name checkpoint images_per_step out device data_dir generate resume score log_every".split()
+        apart = "name checkpoint images_per_step out device data_dir generate resume score nll log_every".split()
         return {key: value for key, value in vars(self.args).items() if key not in apart}
 
     def epochs(self):
@@ -910,6 +961,13 @@ class Run:
         torch.save(self.state(), buffer)
         write_file(self.path(".pt"), buffer.getvalue(), sync=True)
         print(f"\r{self.line()}\033[K" if sys.stdout.isatty() else self.line(), flush=True)
+
+    def add_to_last_row(self, numbers):
+        """What was measured after the last epoch, on the screen and in the CSV."""
+        if self.rows:
+            self.rows[-1].update(numbers)
+            self.write_csv()
+            print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 
     def line(self, where=""):
         row = dict(self.rows[-1])

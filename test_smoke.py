@@ -32,10 +32,13 @@ sys.path.insert(0, str(HERE))
 import common  # noqa: E402
 
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("common", "test_smoke"))
-GRIDS = {"samples": (8, 8), "progress": (10, 1), "reconstructions": (8, 8), "interpolation": (6, 16)}
+GRIDS = {
+    "samples": (8, 8), "progress": (10, 1), "reconstructions": (8, 8), "interpolation": (6, 16),
+    "traversal": (10, 8),
+}  # fmt: skip
 PICTURES = {script: ["samples", "progress", "interpolation"] for script in SCRIPTS}
 for script in {"vae", "cvae", "vaegan"} & set(SCRIPTS):
-    PICTURES[script].append("reconstructions")
+    PICTURES[script] += ["reconstructions", "traversal"]
 GAN = "loss_d loss_g d_real d_fake"
 COLUMNS = {
     "vae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
@@ -85,7 +88,8 @@ class CommandLine(TemporaryFolder):
                 low, high = image.convert("L").getextrema()
                 self.assertLess(low, high, name)
                 if name in GRIDS:
-                    grid = (10, 10) if name == "samples" and script in CONDITIONAL else GRIDS[name]
+                    square = name == "samples" and script in CONDITIONAL or (name, script) == ("traversal", "vae")
+                    grid = (10, 10) if square else GRIDS[name]
                     self.assertEqual(image.size, tuple(30 * side + 2 for side in grid), name)
         with open(out / f"{script}.csv", newline="") as file:
             header, *rows = csv.reader(file)
@@ -118,10 +122,11 @@ class CommandLine(TemporaryFolder):
                 call(script, "--dry-run", "--out", out, *flags)
                 self.check_files(script, Path(out), pictures)
 
-        plane = [*PICTURES["vae"], "manifold", "latent"]
+        plane = ["samples", "progress", "interpolation", "reconstructions", "manifold", "latent"]
         check("vae", "--latent-dim", 2, "--binarize", "--norm", "none", pictures=plane)
         check("vae", "--arch", "conv", "--recon", "mse", "--opt", "rmsprop", "--translate", 0.1)
         check("vaegan", "--opt", "rmsprop", "--lr-schedule", "linear")
+        check("cvae", "--arch", "conv", "--binarize")
         check("gan", "--arch", "conv", "--loss", "minimax", "--d-steps", 2)
         check("gan", "--hidden", 32, 64, "--dropout", 0, "--opt", "sgd")
         check("cgan", "--arch", "conv", "--ema", 0)
@@ -493,8 +498,7 @@ class Maths(unittest.TestCase):
                 generator = common.conv_decoder((1, 28, 28), 4, args.latent_dim + 10 * (script == "cgan"))
                 discriminator = common.conv_discriminator((1 + 10 * (script == "cgan"), 28, 28), 4)
                 if script == "cgan":
-                    generator = module.ConditionalGenerator(generator)
-                    discriminator = module.ConditionalDiscriminator(discriminator, flat=False)
+                    generator, discriminator = map(common.Conditional, (generator, discriminator))
                 before = values(generator), values(discriminator)
                 opts = [torch.optim.SGD(n.parameters(), lr) for n, lr in ((generator, lr_g), (discriminator, lr_d))]
                 batch = (x, y) if script == "cgan" else (x,)

@@ -36,7 +36,7 @@ from torch import nn
 
 from common import (
     Run, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data, make_optimizer,
-    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags,
+    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, traverse,
 )  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def parse_args():
         help="-log p(x|z) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
     add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
+    add("--nll", type=number(int, 0), default=0, metavar="K",
+        help="at the end, estimate -log p(x) of the test set from K importance samples")  # fmt: skip
     return parse(parser)
 
 
@@ -97,6 +99,30 @@ def evaluate(data, args, encoder, decoder):
     encoder.train(), decoder.train()
     recon, kl = (terms / len(data.x_test)).tolist()
     return {"test_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+
+
+@torch.no_grad()
+def estimate_nll(data, args, encoder, decoder):
+    """-log p(x) of the test set in nats per image, from args.nll importance samples of each z.
+
+    -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): Burda et al. 2016, arXiv 1509.00519. At
+    K = 1 it is -ELBO on average; it falls with K towards the truth.
+    """
+    encoder.eval(), decoder.eval()
+    torch.manual_seed(args.seed)
+    fixed = torch.Generator(args.device).manual_seed(0)
+    total = 0
+    for x, _ in data.test_batches():
+        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
+        mu, logvar = encoder(x).chunk(2, 1)
+        log_w = []  # log p(x|z) + log p(z) - log q(z|x), (B,) each
+        for _ in range(args.nll):
+            epsilon = torch.randn_like(mu)
+            z = mu + (logvar / 2).exp() * epsilon
+            log_p = -reconstruction_loss(decoder(z), x, args.recon)
+            log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
+        total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
+    return {"test_nll": (total / len(data.x_test)).item()}
 
 
 @torch.no_grad()
@@ -161,7 +187,7 @@ def main(args):
     if args.generate:
         return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    x_fixed = data.examples(32)
+    x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
@@ -176,7 +202,11 @@ def main(args):
             codes = torch.cat([encode(encoder, x) for x, _ in data.test_batches()])
             run.save_grid("manifold", sample(decoder, plane(20, args.device)), 20)
             save_png(run.path("_latent.png"), scatter(codes, data.y_test, len(data.classes)))
+        else:
+            run.save_grid("traversal", sample(decoder, traverse(mu[0], mu)), 10)
         run.end_epoch(x_fake, draw, evaluate(data, args, encoder, decoder))
+    if args.nll:
+        run.add_to_last_row(estimate_nll(data, args, encoder, decoder))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
-    make_optimizer, number, parse, reparameterize, shared_flags, update_average,
+    make_optimizer, number, parse, reparameterize, shared_flags, traverse, update_average,
 )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def main(args):
     if args.generate:
         return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    x_fixed = data.examples(32)
+    x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
@@ -173,6 +173,7 @@ def main(args):
         run.save_grid("samples", x_fake)
         run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
         run.save_grid("interpolation", sample(decoder_ema, interpolate(mu[:16], mu.roll(-1, 0)[:16])), 6)
+        run.save_grid("traversal", sample(decoder_ema, traverse(mu[0], mu)), 10)
         run.end_epoch(x_fake, draw)
 
 

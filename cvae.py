@@ -1,0 +1,185 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision"]
+# ///
+"""CVAE: a conditional variational autoencoder.
+
+Sohn, Lee, Yan: Learning structured output representation using deep conditional generative models, 2015,
+NeurIPS; with images given labels, not labels given images: Kingma et al. 2014, arXiv 1406.5298, model M2.
+
+The VAE of vae.py whose encoder and decoder are told the label y, as a one-hot vector: q(z|x, y) =
+N(mu, sigma^2) and p(x|z, y). z need not say what digit it is: it is left with the style. Per image and
+averaged over the batch:
+
+    loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x|y))
+    loss_recon = -log p(x|z, y), z = mu + sigma * epsilon
+    loss_kl    = KL(q(z|x, y) || N(0, I))
+
+TODO
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    Conditional, Run, conv_decoder, conv_encoder, kl_divergence, load_data, make_optimizer, mlp_decoder,
+    mlp_encoder, number, one_hot, parse, reparameterize, shared_flags, traverse, walks,
+)  # fmt: skip
+
+
+def parse_args():
+    parser = shared_flags(
+        __file__, __doc__, epochs=10, batch_size=128, opt="adam", lr=3e-3, latent_dim=8, width=16,
+        lr_schedule="linear",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
+    add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
+    add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
+    add("--recon", choices=["bce", "mse"], default="bce",
+        help="-log p(x|z) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
+    add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
+    add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
+    add("--nll", type=number(int, 0), default=0, metavar="K",
+        help="at the end, estimate -log p(x) of the test set from K importance samples")  # fmt: skip
+    return parse(parser)
+
+
+def reconstruction_loss(logits, x, kind):
+    """-log p(x|z) per image, summed over the pixels: (B, C, H, W) twice -> (B,)."""
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    return (logits.sigmoid() - x).square().flatten(1).sum(1)
+
+
+def elbo_terms(x, y, args, encoder, decoder):
+    """The two terms of -ELBO with one z per image, each (B,)."""
+    mu, logvar = encoder(x, y).chunk(2, 1)  # (B, latent_dim) each
+    logits = decoder(reparameterize(mu, logvar), y)
+    return reconstruction_loss(logits, x, args.recon), kl_divergence(mu, logvar)
+
+
+def train_step(x, y, args, encoder, decoder, opt):
+    """One update on x (B, C, H, W) and y (B, n_classes); returns detached scalars for the CSV."""
+    # Encoder and decoder: minimise -log p(x|z, y) + beta KL(q(z|x, y) || p(z))
+    loss_recon, loss_kl = (term.mean() for term in elbo_terms(x, y, args, encoder, decoder))
+    loss = loss_recon + args.beta * loss_kl
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return {"loss": loss.detach(), "loss_recon": loss_recon.detach(), "loss_kl": loss_kl.detach()}
+
+
+@torch.no_grad()
+def evaluate(data, args, encoder, decoder):
+    """-ELBO of the test set and its terms, in nats per image.
+
+    With --binarize the binary test images are the same for every run; the noise depends on --seed.
+    """
+    encoder.eval(), decoder.eval()
+    torch.manual_seed(args.seed)
+    fixed = torch.Generator(args.device).manual_seed(0)
+    terms = torch.zeros(2, device=args.device)
+    for x, labels in data.test_batches():
+        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
+        y = one_hot(labels, len(data.classes))
+        terms += torch.stack(elbo_terms(x, y, args, encoder, decoder)).sum(1)
+    encoder.train(), decoder.train()
+    recon, kl = (terms / len(data.x_test)).tolist()
+    return {"test_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+
+
+@torch.no_grad()
+def estimate_nll(data, args, encoder, decoder):
+    """-log p(x|y) of the test set in nats per image, from args.nll importance samples of each z.
+
+    -log 1/K sum_k p(x|z_k, y) p(z_k) / q(z_k|x, y), z_k ~ q(z|x, y): Burda et al. 2016, arXiv 1509.00519. At
+    K = 1 it is -ELBO on average; it falls with K towards the truth.
+    """
+    encoder.eval(), decoder.eval()
+    torch.manual_seed(args.seed)
+    fixed = torch.Generator(args.device).manual_seed(0)
+    total = 0
+    for x, labels in data.test_batches():
+        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
+        y = one_hot(labels, len(data.classes))
+        mu, logvar = encoder(x, y).chunk(2, 1)
+        log_w = []  # log p(x|z, y) + log p(z) - log q(z|x, y), (B,) each
+        for _ in range(args.nll):
+            epsilon = torch.randn_like(mu)
+            z = mu + (logvar / 2).exp() * epsilon
+            log_p = -reconstruction_loss(decoder(z, y), x, args.recon)
+            log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
+        total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
+    return {"test_nll": (total / len(data.x_test)).item()}
+
+
+@torch.no_grad()
+def sample(decoder, z, y):
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes), in eval mode."""
+    was_training = decoder.training
+    decoder.eval()
+    x = torch.cat([decoder(*part).sigmoid() for part in zip(z.split(500), y.split(500))])
+    decoder.train(was_training)
+    return x
+
+
+@torch.no_grad()
+def encode(encoder, x, y):
+    """The means of q(z|x, y), (N, latent_dim)."""
+    was_training = encoder.training
+    encoder.eval()
+    mu, _ = encoder(x, y).chunk(2, 1)
+    encoder.train(was_training)
+    return mu
+
+
+def main(args):
+    data = load_data(args)
+    norm, n_classes, (channels, height, width) = args.norm == "batch", len(data.classes), data.shape
+    if args.arch == "mlp":
+        shape_e = (channels * height * width + n_classes,)
+        encoder = mlp_encoder(shape_e, args.hidden, 2 * args.latent_dim, norm)
+        decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim + n_classes, norm)
+    else:
+        encoder = conv_encoder((channels + n_classes, height, width), args.width, 2 * args.latent_dim, norm)
+        decoder = conv_decoder(data.shape, args.width, args.latent_dim + n_classes, norm)
+    encoder, decoder = Conditional(encoder, args.arch == "mlp"), Conditional(decoder)
+    encoder, decoder = encoder.to(args.device), decoder.to(args.device)
+    opt = make_optimizer(args, nn.ModuleList([encoder, decoder]), args.lr)
+    run = Run(args, data, {"encoder": encoder, "decoder": decoder}, {"both": opt})
+
+    def draw(n):
+        labels = torch.randint(n_classes, (n,), device=args.device)
+        z = torch.randn(n, args.latent_dim, device=args.device)
+        return sample(decoder, z, one_hot(labels, n_classes)), labels
+
+    if args.generate:
+        return run.generate(draw)
+    z_fixed = torch.randn(10, args.latent_dim).to(args.device)
+    y_every = torch.eye(n_classes, device=args.device)
+    x_fixed, labels = data.examples(32)
+    y_fixed = one_hot(labels, n_classes)
+
+    for epoch in run.epochs():
+        for x, labels in data.batches(args.batch_size, args.translate):
+            x = torch.bernoulli(x) if args.binarize else x
+            run.log(train_step(x, one_hot(labels, n_classes), args, encoder, decoder, opt))
+        x_fake = sample(decoder, z_fixed.repeat(n_classes, 1), y_every.repeat_interleave(10, 0))
+        mu = encode(encoder, x_fixed, y_fixed)
+        x_recon = sample(decoder, mu, y_fixed)
+        run.save_grid("samples", x_fake, 10)  # a row per class, the same z down a column
+        run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
+        run.save_grid("interpolation", sample(decoder, *walks(z_fixed, y_every)), 6)
+        z = traverse(mu[0], mu)
+        run.save_grid("traversal", sample(decoder, z, y_fixed[:1].expand(len(z), -1)), 10)
+        run.end_epoch(x_fake[::11], draw, evaluate(data, args, encoder, decoder))
+    if args.nll:
+        run.add_to_last_row(estimate_nll(data, args, encoder, decoder))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -852,6 +852,12 @@ def load_checkpoint(path, name):
         fail(f"{path} is not a whole checkpoint of {name}.py ({first_line(error)})")
 
 
+def show(line):
+    """The progress line, on a terminal alone."""
+    if sys.stdout.isatty():
+        print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+
+
 class Run:
     """The files of one run, and what it says on the screen.
 
@@ -929,9 +935,7 @@ class Run:
         self.rows.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 2)})
         self.rows[-1].update(zip(losses, means))
         self.write_csv()
-        if sys.stdout.isatty():
-            line = self.line(f"{100 * done // self.steps_per_epoch}%")
-            print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+        show(self.line(f"{100 * done // self.steps_per_epoch}%"))
 
     def check_finite(self, table, names, epoch_ends):
         """End the run if there is a NaN or an infinity in the losses (steps, names) or the weights."""

@@ -593,7 +593,7 @@ class Maths(unittest.TestCase):
         encoder = torch.nn.Sequential(torch.nn.Flatten(), common.mlp([784, 64, 2 * args.latent_dim], True))
         decoder = torch.nn.Sequential(common.mlp([args.latent_dim, 64, 784], True), torch.nn.Unflatten(1, (1, 28, 28)))
         opt = common.make_optimizer(args, torch.nn.ModuleList([encoder, decoder]), 3e-3)
-        losses = [vae.train_step(b, args, encoder, decoder, opt)["loss"].item() for _ in range(8) for b in x.split(64)]
+        losses = [vae.train_step(b, 1.0, args, encoder, decoder, opt)["loss"].item() for _ in range(8) for b in x.split(64)]
         self.assertLess(losses[-1], 0.5 * losses[0])
 
 

@@ -36,7 +36,8 @@ from torch import nn
 
 from common import (
     Run, conv_decoder, conv_encoder, interpolate, kl_divergence, load_data, make_optimizer,
-    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, traverse,
+    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, show,
+    traverse,
 )  # fmt: skip
 
 
@@ -46,16 +47,71 @@ def parse_args():
         lr_schedule="linear",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
+    add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp",
+        help="kind of networks; pixelcnn: the PixelVAE, on binary pixels")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
     add("--recon", choices=["bce", "mse"], default="bce",
         help="-log p(x|z) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
     add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
+    add("--kl-warmup", type=number(float, 0), default=0.0, metavar="EPOCHS",
+        help="let the KL divergence's weight rise from 0 to --beta over the first epochs")  # fmt: skip
     add("--nll", type=number(int, 0), default=0, metavar="K",
         help="at the end, estimate -log p(x) of the test set from K importance samples")  # fmt: skip
-    return parse(parser)
+    pixelcnn = {"binarize": True, "batch_size": 64, "lr": 2e-3, "latent_dim": 16, "kl_warmup": 2.0}
+    return parse(parser, pixelcnn=pixelcnn)
+
+
+class MaskedConv2d(nn.Conv2d):
+    """A convolution that sees, of rows read like a text, the pixels before its own; "B" its own too."""
+
+    def __init__(self, kind, c_in, c_out, size):
+        super().__init__(c_in, c_out, size, padding=size // 2)
+        before = torch.arange(size * size).view(size, size) < size * size // 2 + (kind == "B")
+        self.register_buffer("mask", before.float(), persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+
+
+class PixelCNN(nn.Module):
+    """The decoder of a PixelVAE: z (B, latent_dim) and x (B, 1, H, W) -> logits (B, 1, H, W).
+
+    Each pixel's logit depends on z and on the pixels of x before it: above, and left in its row.
+    """
+
+    def __init__(self, shape, width, latent_dim, norm, layers=5):
+        super().__init__()
+        self.context = conv_decoder((width, *shape[1:]), width, latent_dim, norm)
+        self.first = MaskedConv2d("A", 1, width, 7)
+        self.layers = nn.ModuleList(MaskedConv2d("B", width, width, 3) for _ in range(layers))
+        self.last = nn.Conv2d(width, 1, 1)
+        self.reach = 3 + layers  # how many rows and columns away the farthest pixel lies that is seen
+        self.to(memory_format=torch.channels_last)
+
+    def logits(self, x, context):
+        h = self.first(2 * x - 1) + context
+        for layer in self.layers:
+            h = h + layer(h.relu())
+        return self.last(h.relu())
+
+    def forward(self, z, x):
+        return self.logits(x, self.context(z))
+
+    def sample(self, z):
+        """Binary images (B, 1, H, W), drawn pixel by pixel."""
+        context, r = self.context(z), self.reach
+        x = torch.zeros_like(context[:, :1])
+        _, _, height, width = x.shape
+        for i in range(height):
+            show(f"drawing {len(z)} images: {100 * i // height}%")
+            for j in range(width):
+                top, left = max(0, i - r), max(0, j - r)
+                seen = (..., slice(top, i + 1), slice(left, j + r + 1))
+                logits = self.logits(x[seen], context[seen])[:, 0, i - top, j - left]
+                x[:, 0, i, j] = torch.bernoulli(logits.sigmoid())
+        return x
 
 
 def reconstruction_loss(logits, x, kind):
@@ -68,15 +124,16 @@ def reconstruction_loss(logits, x, kind):
 def elbo_terms(x, args, encoder, decoder):
     """The two terms of -ELBO with one z per image, each (B,)."""
     mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
-    logits = decoder(reparameterize(mu, logvar))
+    z = reparameterize(mu, logvar)
+    logits = decoder(z, x) if args.arch == "pixelcnn" else decoder(z)
     return reconstruction_loss(logits, x, args.recon), kl_divergence(mu, logvar)
 
 
-def train_step(x, args, encoder, decoder, opt):
+def train_step(x, beta, args, encoder, decoder, opt):
     """One update on x (B, C, H, W); returns detached scalars for the CSV."""
     # Encoder and decoder: minimise -log p(x|z) + beta KL(q(z|x) || p(z))
     loss_recon, loss_kl = (term.mean() for term in elbo_terms(x, args, encoder, decoder))
-    loss = loss_recon + args.beta * loss_kl
+    loss = loss_recon + beta * loss_kl
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -119,7 +176,8 @@ def estimate_nll(data, args, encoder, decoder):
         for _ in range(args.nll):
             epsilon = torch.randn_like(mu)
             z = mu + (logvar / 2).exp() * epsilon
-            log_p = -reconstruction_loss(decoder(z), x, args.recon)
+            logits = decoder(z, x) if args.arch == "pixelcnn" else decoder(z)
+            log_p = -reconstruction_loss(logits, x, args.recon)
             log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
         total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
     return {"test_nll": (total / len(data.x_test)).item()}
@@ -130,7 +188,8 @@ def sample(decoder, z):
     """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
     was_training = decoder.training
     decoder.eval()
-    x = torch.cat([decoder(part).sigmoid() for part in z.split(500)])
+    draw = decoder.sample if isinstance(decoder, PixelCNN) else lambda z: decoder(z).sigmoid()
+    x = torch.cat([draw(part) for part in z.split(500)])
     decoder.train(was_training)
     return x
 
@@ -176,12 +235,14 @@ def main(args):
         decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim, norm)
     else:
         encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)
-        decoder = conv_decoder(data.shape, args.width, args.latent_dim, norm)
+        network = PixelCNN if args.arch == "pixelcnn" else conv_decoder
+        decoder = network(data.shape, args.width, args.latent_dim, norm)
     encoder, decoder = encoder.to(args.device), decoder.to(args.device)
     opt = make_optimizer(args, nn.ModuleList([encoder, decoder]), args.lr)
     run = Run(args, data, {"encoder": encoder, "decoder": decoder}, {"both": opt})
 
     def draw(n):
+        n = min(n, 1000) if args.arch == "pixelcnn" else n  # pixel by pixel, 10,000 would take minutes
         return sample(decoder, torch.randn(n, args.latent_dim, device=args.device))
 
     if args.generate:
@@ -192,7 +253,9 @@ def main(args):
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             x = torch.bernoulli(x) if args.binarize else x
-            run.log(train_step(x, args, encoder, decoder, opt))
+            warmup = args.kl_warmup * run.steps_per_epoch
+            beta = args.beta * min(1, run.step / warmup if warmup else 1)
+            run.log(train_step(x, beta, args, encoder, decoder, opt))
         x_fake, mu = sample(decoder, z_fixed), encode(encoder, x_fixed)
         x_recon = sample(decoder, mu)
         run.save_grid("samples", x_fake)

@@ -15,7 +15,21 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     discriminator  minimises  loss_d
     generator      minimises  loss_g
 
-TODO
+Differences from the paper:
+- the networks, the initialisation, the optimiser and the batches of gan.py (the paper: maxout layers with
+  dropout, momentum, batches of 100);
+- the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
+  layer of their own). In the generator it extends z. In the discriminator it is ten more channels of the
+  image (--arch conv, a conditional DCGAN) or ten more pixels (--arch mlp), scaled to weigh as much as the
+  image: with ones the network overlooks them for many epochs;
+- the pictures come from an exponential moving average of the generator's weights (--ema).
+
+    python cgan.py --epochs 1
+    python cgan.py --arch conv
+
+Files: cgan.csv, cgan_samples.png (a row per class, the same z down a column), cgan_progress.png, cgan_interpolation.png, cgan.pt. Columns of the CSV,
+as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
+loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
 """
 
 import torch
@@ -29,14 +43,14 @@ from common import (
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=2e-4, latent_dim=100, width=16,
+        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=1e-3, latent_dim=100, width=16,
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
+    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks; conv brings --lr 2e-3 --batch-size 32")
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
-    add("--dropout", type=number(float, 0, 0.9), default=0.3, help="in the mlp discriminator")
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 1), default=0.99,

@@ -34,7 +34,7 @@ Differences from the paper:
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
 
 Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
-vaegan_interpolation.png, vaegan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
+vaegan_interpolation.png, vaegan_traversal.png, vaegan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
 seconds (of training), loss_d (3 log 2 = 2.08 at chance), loss_g, loss_kl (nats; divide by --latent-dim
 for nats per dimension), loss_features, d_real = D(x), d_recon = D(x_recon), d_fake = D(x_fake).
 """

@@ -20,7 +20,24 @@ between real and generated images shows their Wasserstein distance. Averaged ove
     critic         minimises  loss_d, n_critic times
     generator      minimises  loss_g
 
-TODO
+Differences from the papers:
+- no batch norm in the critic (Arjovsky et al. have it), none in the penalty's either; He's
+  initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
+  vaegan.py, --arch mlp two hidden layers;
+- three critic steps per generator step, with clipping two (the papers: five) and --warmup steps ahead
+  (Arjovsky et al.: 100 for each of the first 25 generator steps): an epoch then has more generator steps;
+- gp: Adam at 2e-3 in batches of 16 (1e-4, batches of 64);
+- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for networks that are wider and scaled by batch norm),
+  RMSprop at 1e-3 for the generator and 2e-4 for the critic (5e-5 for both), batches of 16 (64);
+- the pictures come from an exponential moving average of the generator's weights (--ema).
+
+    python wgan.py --epochs 1
+    python wgan.py --lipschitz clip
+
+Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the CSV,
+as means over the rows' intervals, of the last critic step of each generator step: epoch, step, seconds (of
+training), loss_d, wasserstein (the estimated distance, times the critic's slope), c_real = critic(x),
+c_fake = critic(x_fake), penalty (0 with clip); then loss_g and grad_norm, the critic's slope at x_fake.
 """
 
 from itertools import islice
@@ -36,24 +53,25 @@ from common import (
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=32, opt="adam", lr=1e-3, latent_dim=100, width=16,
+        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=2e-3, latent_dim=100, width=16,
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
-    add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
+    add("--hidden", type=number(int, 1), nargs="+", default=[256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")  # fmt: skip
     add("--lipschitz", choices=["clip", "gp"], default="gp",
-        help="what bounds the critic's slope: clipped weights, or a gradient penalty")  # fmt: skip
-    add("--clip", type=number(float, 0), default=0.01, help="largest weight of the critic")
+        help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 --lr-d 0.2 "
+        "--n-critic 2) or a gradient penalty")  # fmt: skip
+    add("--clip", type=number(float, 0), default=0.1, help="largest weight of the critic")
     add("--gp-weight", type=number(float, 0), default=10.0, help="weight of the gradient penalty")
-    add("--n-critic", type=number(int, 1), default=5, help="critic steps per generator step")
+    add("--n-critic", type=number(int, 1), default=3, help="critic steps per generator step")
     add("--warmup", type=number(int, 0), default=100, help="critic steps before the first epoch")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the critic's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 1), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, clip={"opt": "rmsprop", "lr": 5e-4})
+    args = parse(parser, clip={"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.2, "n_critic": 2})
     args.images_per_step = args.batch_size * args.n_critic
     return args
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,11 +140,12 @@ def parse(parser, **defaults_of):
     if args.generate or args.resume:
         path = args.out / f"{args.name}.pt"
         args.checkpoint = load_checkpoint(path, args.name)
-        parser.set_defaults(**args.checkpoint["flags"])
+        score = args.score if args.generate else args.checkpoint["flags"].get("score")
+        parser.set_defaults(**{**args.checkpoint["flags"], "score": score})
         kept = argparse.Namespace(name=args.name, checkpoint=args.checkpoint)
         args = parser.parse_args(namespace=kept)
         for flag, value in args.checkpoint["flags"].items():
-            if args.resume and flag not in ("epochs", "data") and getattr(args, flag) != value:
+            if args.resume and flag not in ("epochs", "data", "score") and getattr(args, flag) != value:
                 fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts {path}: {value}")
     if args.device == "auto":
         found = torch.accelerator.is_available()
@@ -843,6 +845,8 @@ def load_checkpoint(path, name):
     """The checkpoint of script `name` as a dict on the CPU; one line and status 2 if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
+            raise ValueError(f"{damaged} is damaged")
         if checkpoint["script"] == name and checkpoint["flags"]:
             return checkpoint
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
@@ -901,7 +905,7 @@ class Run:
 
     def flags(self):
         """The flags that make the run what it is: not those that say where it runs and writes."""
-        apart = "name checkpoint images_per_step out device data_dir generate resume score nll log_every".split()
+        apart = "name checkpoint images_per_step out device data_dir generate resume nll".split()
         return {key: value for key, value in vars(self.args).items() if key not in apart}
 
     def epochs(self):

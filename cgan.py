@@ -16,20 +16,21 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper:
-- the networks, the initialisation, the optimiser and the batches of gan.py (the paper: maxout layers with
-  dropout, momentum, batches of 100);
+- the networks, the initialisation, the optimiser and the batches of gan.py (the paper: maxout layers
+  with dropout, momentum, batches of 100);
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
   layer of their own). In the generator it extends z. In the discriminator it is ten more channels of the
-  image (--arch conv, a conditional DCGAN) or ten more pixels (--arch mlp), scaled to weigh as much as the
-  image: with ones the network overlooks them for many epochs;
+  image (--arch conv, a conditional DCGAN) or ten more pixels (--arch mlp), scaled to weigh as much as
+  the image: with ones the network overlooks them for many epochs;
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python cgan.py --epochs 1
     python cgan.py --arch conv
 
-Files: cgan.csv, cgan_samples.png (a row per class, the same z down a column), cgan_progress.png, cgan_interpolation.png, cgan.pt. Columns of the CSV,
-as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
-loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
+Files: cgan.csv, cgan_samples.png (a row per class, the same z down a column), cgan_progress.png,
+cgan_interpolation.png, cgan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
+seconds (of training), loss_d (2 log 2 = 1.39 at chance), loss_g (log 2 = 0.69 at chance), d_real = D(x),
+d_fake = D(x_fake).
 """
 
 import torch
@@ -47,7 +48,8 @@ def parse_args():
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks; conv brings --lr 2e-3 --batch-size 32")
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="kind of networks; conv brings --lr 2e-3 --batch-size 32")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
@@ -132,7 +134,8 @@ def main(args):
 
     for epoch in run.epochs():
         for x, labels in data.batches(args.batch_size, args.translate):
-            losses = train_step(x, one_hot(labels, n_classes), args, generator, discriminator, opt_g, opt_d)
+            y = one_hot(labels, n_classes)
+            losses = train_step(x, y, args, generator, discriminator, opt_g, opt_d)
             update_average(generator_ema, generator, args.ema)
             run.log(losses)
         x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), y_every.repeat_interleave(10, 0))

@@ -14,9 +14,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 import zlib
@@ -50,7 +50,10 @@ def stop_on(*signals):
 
     def stop(number, _):
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        fail(f"stopped by {signal.Signals(number).name}; --resume goes on from the last complete epoch", 128 + number)
+        fail(
+            f"stopped by {signal.Signals(number).name}; --resume goes on from the last complete epoch",
+            128 + number,
+        )
 
     for number in signals:
         signal.signal(number, stop)
@@ -303,16 +306,17 @@ def load_torchvision(name, root):
     return (x[0], y[0]), (x[1], y[1]), list(train.classes)
 
 
-def fetch(kind, root, patience=20):
+def fetch(kind, root, timeout=20):
     """Download and unpack a torchvision set into `root`; OSError or RuntimeError if it cannot be.
 
     All happens in a temporary folder, file by file renamed when complete, so that several first
     runs at once, or a killed one, leave nothing half-written. Packed files that lie in their
-    place already are used. After `patience` seconds without a new byte it gives up.
+    place already are used. A server may be silent for `timeout` seconds.
     """
     print(f"Fetching {kind.__name__} into {root}", flush=True)
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-", ignore_cleanup_errors=True) as tmp:
+    socket.setdefaulttimeout(timeout)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as tmp:
         tmp = Path(tmp)
         for packed in root.glob("*.tar.gz"):
             shutil.copyfile(packed, tmp / packed.name)
@@ -323,34 +327,11 @@ def fetch(kind, root, patience=20):
                 unpacked.write_bytes(gzip.decompress(packed.read_bytes()))
             except (OSError, EOFError, zlib.error) as error:
                 fail(f"{packed} is damaged: {first_line(error)}")
-        result = []
-
-        def work():
-            try:
-                kind(tmp, download=True)
-                result.append(None)
-            except Exception as error:
-                result.append(error)
-
-        def size():
-            return sum(path.stat().st_size for path in tmp.rglob("*") if path.is_file())
-
-        thread = threading.Thread(target=work, daemon=True)  # a daemon: a hanging one must not keep us
-        thread.start()
-        seen, since = -1, time.monotonic()
-        while thread.is_alive():
-            thread.join(0.2)
-            if size() != seen:
-                seen, since = size(), time.monotonic()
-            elif time.monotonic() - since > patience:
-                raise OSError(f"nothing came for {patience} seconds")
-        if result[0]:
-            raise result[0]
-        for path in [path for path in tmp.rglob("*") if path.is_file()]:
-            if path.suffix != ".gz":
-                target = root / path.relative_to(tmp)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+        kind(tmp, download=True)
+        for path in [path for path in tmp.rglob("*") if path.is_file() and path.suffix != ".gz"]:
+            target = root / path.relative_to(tmp)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
 
 
 def load_folder(folder, size):
@@ -508,7 +489,7 @@ def conv_plan(image_size, width):
 
 
 def conv_down(shape, width, norm):
-    """Convolutions that halve the sides of images of `shape`, and the shape (C', H', W') they lead to."""
+    """Convolutions that halve the sides of images of `shape`, and the shape that they lead to."""
     sides, channels = conv_plan(shape[1], width)
     layers = []
     for c_in, c_out in zip([shape[0], *channels], channels):
@@ -951,7 +932,11 @@ class Run:
                 if not all(value.isfinite().all() for value in network.state_dict().values()):
                     what = f"a weight of the {name} is not finite at step {self.step}"
         if what:
-            last = f"{self.path('.pt')} holds epoch {self.epoch - 1}" if self.epoch > 1 else "no epoch was completed"
+            last = (
+                f"{self.path('.pt')} holds epoch {self.epoch - 1}"
+                if self.epoch > 1
+                else "no epoch was completed"
+            )
             fail(f"{what}: training diverged, try a smaller --lr; {last}", 1)
 
     def end_epoch(self, samples, draw, test=None):
@@ -1019,7 +1004,9 @@ class Run:
                 for start in range(0, n, 1000):
                     images, labels = self.draw(draw, min(1000, n - start))
                     for i, x in enumerate(images):
-                        part = Path(tmp, "new", *([] if labels is None else [self.data.classes[labels[i]]]))
+                        part = Path(
+                            tmp, "new", *([] if labels is None else [self.data.classes[labels[i]]])
+                        )
                         part.mkdir(parents=True, exist_ok=True)
                         picture(x).save(part / f"{start + i:06}.png")
                 shutil.rmtree(folder, ignore_errors=True)

@@ -5,10 +5,11 @@
 """CVAE: a conditional variational autoencoder.
 
 Sohn, Lee, Yan: Learning structured output representation using deep conditional generative models, 2015,
-NeurIPS; with images given labels, not labels given images: Kingma et al. 2014, arXiv 1406.5298, model M2.
+NeurIPS; with images given labels, not labels given images: Kingma et al. 2014, arXiv 1406.5298, model
+M2.
 
-The VAE of vae.py whose encoder and decoder are told the label y, as a one-hot vector: q(z|x, y) =
-N(mu, sigma^2) and p(x|z, y). z need not say what digit it is: it is left with the style. Per image and
+The VAE of vae.py whose encoder and decoder are told the label y, as a one-hot vector: q(z|x, y) = N(mu,
+sigma^2) and p(x|z, y). z need not say what digit it is: it is left with the style. Per image and
 averaged over the batch:
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x|y))
@@ -18,8 +19,8 @@ averaged over the batch:
 Differences from the papers:
 - z has a fixed prior N(0, I) (Sohn et al.: a prior that depends on the condition);
 - one label per image, always given (Kingma et al. infer missing ones);
-- the label joins the pixels and z in the first layers alone, in the encoder scaled to weigh as much as the
-  image;
+- the label joins the pixels and z in the first layers alone, in the encoder scaled to weigh as much as
+  the image;
 - layers, optimiser and learning rate of vae.py; 8 latent dimensions: with 20, more of a digit's identity
   stays in z, and fewer samples carry the label asked for;
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them.
@@ -28,8 +29,8 @@ Differences from the papers:
     python cvae.py --arch conv --epochs 10
 
 Files: cvae.csv, cvae_samples.png (a row per class, the same z down a column), cvae_progress.png,
-cvae_reconstructions.png, cvae_interpolation.png, cvae_traversal.png, cvae.pt. Columns of the CSV: those of
-vae.py.
+cvae_reconstructions.png, cvae_interpolation.png, cvae_traversal.png, cvae.pt. Columns of the CSV: those
+of vae.py.
 """
 
 import math
@@ -50,7 +51,8 @@ def parse_args():
         lr_schedule="linear",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks; conv brings --batch-size 64 --lr 2e-3")
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="kind of networks; conv brings --batch-size 64 --lr 2e-3")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
     add("--recon", choices=["bce", "mse"], default="bce",
@@ -159,7 +161,9 @@ def main(args):
         encoder = mlp_encoder(shape_e, args.hidden, 2 * args.latent_dim, norm)
         decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim + n_classes, norm)
     else:
-        encoder = conv_encoder((channels + n_classes, height, width), args.width, 2 * args.latent_dim, norm)
+        encoder = conv_encoder(
+            (channels + n_classes, height, width), args.width, 2 * args.latent_dim, norm
+        )
         decoder = conv_decoder(data.shape, args.width, args.latent_dim + n_classes, norm)
     encoder, decoder = Conditional(encoder, args.arch == "mlp"), Conditional(decoder)
     encoder, decoder = encoder.to(args.device), decoder.to(args.device)

@@ -7,8 +7,8 @@
 Radford, Metz, Chintala: Unsupervised representation learning with deep convolutional generative
 adversarial networks, 2016, arXiv 1511.06434.
 
-The objective of gan.py on networks that are convolutional throughout, with batch norm in both.
-Averaged over the batch:
+The objective of gan.py on networks that are convolutional throughout, with batch norm in both. Averaged
+over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)
@@ -26,9 +26,9 @@ Differences from the paper:
     python dcgan.py --epochs 1
     python dcgan.py --data cifar10 --width 64 --lr 2e-4 --lr-d 1 --batch-size 128 --epochs 25
 
-Files: dcgan.csv, dcgan_samples.png, dcgan_progress.png, dcgan_interpolation.png, dcgan.pt. Columns of the CSV,
-as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
-loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
+Files: dcgan.csv, dcgan_samples.png, dcgan_progress.png, dcgan_interpolation.png, dcgan.pt. Columns of
+the CSV, as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at
+chance), loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
 """
 
 import torch
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    Run, average, conv_plan, interpolate, load_data, make_optimizer, number, parse, shared_flags,
+    Run, average, interpolate, load_data, make_optimizer, number, parse, shared_flags,
     update_average,
 )  # fmt: skip
 
@@ -68,7 +68,10 @@ class Generator(nn.Sequential):
     def __init__(self, shape, width, latent_dim):
         *sides, first = halvings(shape[1])
         channels = [shape[0], *(width * 2**i for i in range(len(sides)))]  # from the image inwards
-        layers = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, channels[-1], first)]
+        layers = [
+            nn.Unflatten(1, (latent_dim, 1, 1)),
+            nn.ConvTranspose2d(latent_dim, channels[-1], first),
+        ]
         for i, side in reversed(list(enumerate(sides))):
             layers += [nn.BatchNorm2d(channels[i + 1]), nn.ReLU(inplace=True)]
             up = {"kernel_size": 4, "stride": 2, "padding": 1, "output_padding": side % 2}

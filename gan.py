@@ -31,8 +31,8 @@ Differences from the paper:
     python gan.py --epochs 1
     python gan.py --opt adam --lr 2e-4 --batch-size 64 --dropout 0.3 --epochs 50
 
-Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV,
-as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
+Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV, as
+means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
 loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
 """
 
@@ -51,7 +51,8 @@ def parse_args():
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks; conv brings --lr 2e-3 --batch-size 32")
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="kind of networks; conv brings --lr 2e-3 --batch-size 32")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")

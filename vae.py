@@ -13,24 +13,26 @@ minimise, per image and averaged over the batch, the negative evidence lower bou
     loss_recon = -log p(x|z), z = mu + sigma * epsilon
     loss_kl    = KL(q(z|x) || N(0, I))
 
---arch pixelcnn is the PixelVAE (Gulrajani, Kumar, Ahmed, Ali Taiga, Visin, Vazquez, Courville: PixelVAE: a
-latent variable model for natural images, 2017, arXiv 1611.05013): p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
+--arch pixelcnn is the PixelVAE (Gulrajani, Kumar, Ahmed, Ali Taiga, Visin, Vazquez, Courville: PixelVAE:
+a latent variable model for natural images, 2017, arXiv 1611.05013): a pixel depends on z and on the
+pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
 
 Differences from the paper:
 - two hidden layers of 512 and 256 units (the paper: one of 500), ReLU (tanh), batch norm (none), 20
   latent dimensions, Adam (Adagrad) with a learning rate that falls to zero, batches of 128 (100);
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them;
 - no weight decay (the paper: a N(0, I) prior on the weights);
-- PixelVAE: masked convolutions with residual connections, 16 channels, one layer of z (the paper: larger,
-  gated too, several layers of z).
+- PixelVAE: masked convolutions with residual connections, 16 channels, one layer of z (the paper:
+  larger, gated too, several layers of z).
 
     python vae.py --epochs 10
     python vae.py --latent-dim 2 --epochs 20
 
 Files: vae.csv, vae_samples.png, vae_progress.png, vae_reconstructions.png, vae_interpolation.png,
-vae_traversal.png (--latent-dim 2: vae_manifold.png and vae_latent.png instead), vae.pt. Columns of the CSV: epoch, step,
-seconds (of training), then in nats, as means over the rows' intervals, loss, loss_recon, loss_kl and
-on an epoch's last row the test set's test_elbo (-ELBO, with beta = 1), test_recon, test_kl; with --nll test_nll on the last.
+vae_traversal.png (--latent-dim 2: vae_manifold.png and vae_latent.png instead), vae.pt. Columns of the
+CSV: epoch, step, seconds (of training), then in nats, as means over the rows' intervals, loss,
+loss_recon, loss_kl and on an epoch's last row the test set's test_elbo (-ELBO, with beta = 1),
+test_recon, test_kl; on the last row of all, with --nll, test_nll.
 """
 
 import math
@@ -53,8 +55,8 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp",
-        help="kind of networks; conv brings --batch-size 64 --lr 2e-3 --latent-dim 8; pixelcnn, the PixelVAE, "
-        "--batch-size 64 --lr 2e-3 --latent-dim 16 --kl-warmup 2 --binarize")  # fmt: skip
+        help="kind of networks; conv brings --batch-size 64 --lr 2e-3 --latent-dim 8; pixelcnn, the "
+        "PixelVAE, --batch-size 64 --lr 2e-3 --latent-dim 16 --kl-warmup 2 --binarize")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
     add("--recon", choices=["bce", "mse"], default="bce",

@@ -21,8 +21,8 @@ per image and averaged over the batch:
     decoder        minimises  loss_g
 
 Differences from the paper:
-- small networks, 8 latent dimensions and batches of 32 for 28 x 28 digits (the paper: 64 x 64 faces,
-  128 dimensions, batches of 64); no batch norm in the discriminator;
+- small networks, 8 latent dimensions and batches of 32 for 28 x 28 digits (the paper: 64 x 64 faces, 128
+  dimensions, batches of 64); no batch norm in the discriminator;
 - beta (the paper: 1): the features' scale is arbitrary, and with it the balance between the two losses
   of the encoder; beta is the variance of the Gaussian around f(x_recon);
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
@@ -34,9 +34,10 @@ Differences from the paper:
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
 
 Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
-vaegan_interpolation.png, vaegan_traversal.png, vaegan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
-seconds (of training), loss_d (3 log 2 = 2.08 at chance), loss_g, loss_kl (nats; divide by --latent-dim
-for nats per dimension), loss_features, d_real = D(x), d_recon = D(x_recon), d_fake = D(x_fake).
+vaegan_interpolation.png, vaegan_traversal.png, vaegan.pt. Columns of the CSV, as means over the rows'
+intervals: epoch, step, seconds (of training), loss_d (3 log 2 = 2.08 at chance), loss_g, loss_kl (nats;
+divide by --latent-dim for nats per dimension), loss_features, d_real = D(x), d_recon = D(x_recon),
+d_fake = D(x_fake).
 """
 
 import torch

@@ -4,9 +4,8 @@
 # ///
 """WGAN: a Wasserstein GAN, with weight clipping or with a gradient penalty.
 
-Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875.
-Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv
-1704.00028.
+Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
+Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
 The critic gives a number, not a probability: among functions of slope 1 the one that differs most
 between real and generated images shows their Wasserstein distance. Averaged over the batch:
@@ -24,8 +23,9 @@ Differences from the papers:
 - no batch norm in the critic (Arjovsky et al. have it), none in the penalty's either; He's
   initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
   vaegan.py, --arch mlp two hidden layers;
-- three critic steps per generator step, with clipping two (the papers: five) and --warmup steps ahead
-  (Arjovsky et al.: 100 for each of the first 25 generator steps): an epoch then has more generator steps;
+- three critic steps per generator step, with clipping two (the papers: five) and --critic-warmup steps
+  ahead (Arjovsky et al.: 100 for each of the first 25 generator steps): an epoch then has more generator
+  steps;
 - gp: Adam at 2e-3 in batches of 16 (1e-4, batches of 64);
 - clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for networks that are wider and scaled by batch norm),
   RMSprop at 1e-3 for the generator and 2e-4 for the critic (5e-5 for both), batches of 16 (64);
@@ -34,16 +34,16 @@ Differences from the papers:
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip
 
-Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the CSV,
-as means over the rows' intervals, of the last critic step of each generator step: epoch, step, seconds (of
-training), loss_d, wasserstein (the estimated distance, times the critic's slope), c_real = critic(x),
-c_fake = critic(x_fake), penalty (0 with clip); then loss_g and grad_norm, the critic's slope at x_fake.
+Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the
+CSV, as means over the rows' intervals, of the last critic step of each generator step: epoch, step,
+seconds (of training), loss_d, wasserstein (the estimated distance, times the critic's slope), c_real =
+critic(x), c_fake = critic(x_fake), penalty (0 with clip); then loss_g and grad_norm, the critic's slope
+at x_fake.
 """
 
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
@@ -66,7 +66,7 @@ def parse_args():
     add("--clip", type=number(float, 0), default=0.1, help="largest weight of the critic")
     add("--gp-weight", type=number(float, 0), default=10.0, help="weight of the gradient penalty")
     add("--n-critic", type=number(int, 1), default=3, help="critic steps per generator step")
-    add("--warmup", type=number(int, 0), default=100, help="critic steps before the first epoch")
+    add("--critic-warmup", type=number(int, 0), default=100, help="critic steps before the first epoch")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the critic's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 1), default=0.99,
@@ -87,7 +87,7 @@ def generator_loss(c_fake):
 
 
 def gradient_penalty(critic, x, x_fake):
-    """(||gradient of the critic at x_hat|| - 1)^2, averaged; x_hat between each x and x_fake (B, C, H, W)."""
+    """(||gradient of critic at x_hat|| - 1)^2, averaged; x_hat between each x and x_fake (B, C, H, W)."""
     epsilon = torch.rand(len(x), 1, 1, 1, device=x.device)
     x_hat = torch.lerp(x, x_fake, epsilon).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
@@ -166,7 +166,7 @@ def main(args):
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
 
     for epoch in run.epochs():
-        head_start = args.warmup if epoch == 1 else 0
+        head_start = args.critic_warmup if epoch == 1 else 0
         for x, _ in islice(data.batches(args.batch_size, args.translate), head_start):
             critic_step(x, args, generator, critic, opt_d)
         for x, _ in data.batches(args.images_per_step, args.translate):

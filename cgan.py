@@ -17,11 +17,12 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
 
 Differences from the paper:
 - the networks, the initialisation, the optimiser and the batches of gan.py (the paper: maxout layers
-  with dropout, momentum, batches of 100);
+  with dropout, momentum, batches of 100), noise from N(0, I) (uniform noise);
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
-  layer of their own). In the generator it extends z. In the discriminator it is ten more channels of the
-  image (--arch conv, a conditional DCGAN) or ten more pixels (--arch mlp), scaled to weigh as much as
-  the image: with ones the network overlooks them for many epochs;
+  layer of their own). In the generator it extends z. In the discriminator it is one more channel per
+  class of the image (--arch conv, a conditional DCGAN) or one more pixel per class (--arch mlp), scaled
+  to weigh as much as the image: with ones the network overlooks them for many epochs;
+- the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python cgan.py --epochs 1
@@ -55,9 +56,9 @@ def parse_args():
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 1), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    return parse(parser, conv={"lr": 2e-3, "batch_size": 32})
+    return parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32}})
 
 
 def discriminator_loss(d_real, d_fake):
@@ -139,9 +140,9 @@ def main(args):
             update_average(generator_ema, generator, args.ema)
             run.log(losses)
         x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), y_every.repeat_interleave(10, 0))
-        run.save_grid("samples", x_fake, 10)  # a row per class, the same noise down a column
+        run.save_grid("samples", x_fake, 10)  # a row per class, the same z down a column
         run.save_grid("interpolation", sample(generator_ema, *walks(z_fixed, y_every)), 6)
-        run.end_epoch(x_fake[::11], draw)  # one of each class
+        run.end_epoch(x_fake[:100:11], draw)
 
 
 if __name__ == "__main__":

@@ -42,21 +42,13 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def stop_on(*signals):
-    """Let these signals end the program with one line and the status that a shell expects.
+def stop(number, _):
+    """The handler of SIGINT and SIGTERM: one line, and the status that a shell expects.
 
     SystemExit unwinds the stack: a file that is being written is given up, the old one remains.
     """
-
-    def stop(number, _):
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        fail(
-            f"stopped by {signal.Signals(number).name}; --resume goes on from the last complete epoch",
-            128 + number,
-        )
-
-    for number in signals:
-        signal.signal(number, stop)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    fail(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,7 +93,7 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
         help="linear: the learning rate falls to zero over the run")  # fmt: skip
     add("--latent-dim", type=number(int, 1, 4096), default=latent_dim, help="size of z")
     add("--width", type=number(int, 1, 1024), default=width,
-        help="channels of the first convolution, doubled at each halving of the image")  # fmt: skip
+        help="of convolutions: channels of the first, doubled at each halving of the image")  # fmt: skip
     add("--seed", type=number(int, 0, 2**31), default=0, help="seed of everything random")
     add("--device", default="auto", help="auto (an accelerator, or else the CPU), cpu, cuda, mps")
     add("--data", default="auto",
@@ -117,25 +109,25 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
     add("--score", action="store_true",
         help="at each epoch's end, measure the quality of 10,000 samples (see README.md)")  # fmt: skip
     add("--resume", action="store_true",
-        help="go on from the checkpoint, with its flags; only --epochs may differ")  # fmt: skip
+        help="go on from the checkpoint, with its flags; --epochs may be raised")  # fmt: skip
     add("--generate", type=number(int, 1), metavar="N",
         help="no training: write N samples of the checkpoint as single PNG files")  # fmt: skip
     add("--dry-run", action="store_true", help="two steps on a small slice, then all the files")
     return parser
 
 
-def parse(parser, **defaults_of):
+def parse(parser, **brought):
     """Parse the command line, choose the device and the name of the files, check the folders.
 
-    `conv={"lr": 1e-3}`: what defaults come with the choice conv of some flag. With --generate
-    and --resume, the flags that describe the run come from the checkpoint.
+    `arch={"conv": {"lr": 1e-3}}`: the defaults that come with --arch conv. With --generate and
+    --resume, the flags that describe the run come from the checkpoint.
     """
-    chosen = vars(parser.parse_args()).values()
-    for choice, defaults in defaults_of.items():
-        if choice in chosen:
-            parser.set_defaults(**defaults)
     args = parser.parse_args()
-    stop_on(signal.SIGINT, signal.SIGTERM)
+    for flag, defaults in brought.items():
+        parser.set_defaults(**defaults.get(getattr(args, flag), {}))
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     args.name = Path(parser.prog).stem
     args.checkpoint = None
     if args.generate and args.resume:
@@ -148,8 +140,14 @@ def parse(parser, **defaults_of):
         kept = argparse.Namespace(name=args.name, checkpoint=args.checkpoint)
         args = parser.parse_args(namespace=kept)
         for flag, value in args.checkpoint["flags"].items():
-            if args.resume and flag not in ("epochs", "data", "score") and getattr(args, flag) != value:
+            if (
+                args.resume
+                and flag not in ("epochs", "data", "score", "nll")
+                and getattr(args, flag) != value
+            ):
                 fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts {path}: {value}")
+    if args.data not in ("auto", "synthetic", *TORCHVISION):
+        args.data = str(Path(args.data).resolve())
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
@@ -157,11 +155,12 @@ def parse(parser, **defaults_of):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {first_line(error)}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"--out {args.out} cannot be written: {error.strerror}")
+    for flag, folder in {"out": args.out, "data-dir": args.data_dir if args.score else args.out}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{flag} {folder} cannot be written: {error.strerror}")
     if args.dry_run:
         args.epochs = 1
     args.images_per_step = args.batch_size
@@ -187,7 +186,7 @@ class Data:
 
     def identity(self):
         """Name, number of training images and their shape: what a resumed run must find again."""
-        return self.name, len(self.x_train), *self.shape
+        return Path(self.name).name, len(self.x_train), *self.shape
 
     def batches(self, batch_size, translate=0.0):
         """One epoch in a fresh random order; yields x (B, C, H, W) in [0, 1] and y (B,).
@@ -219,7 +218,8 @@ def shift(x, fraction):
     """
     b, _, h, w = x.shape
     sides = torch.tensor([w, h], device=x.device)
-    pixels = ((torch.rand(b, 2, device=x.device) * 2 - 1) * fraction * sides).round()
+    most = (fraction * sides).floor()
+    pixels = (torch.rand(b, 2, device=x.device) * (2 * most + 1)).floor() - most
     theta = torch.eye(2, 3, device=x.device).repeat(b, 1, 1)
     theta[:, :, 2] = 2 * pixels / sides
     grid = F.affine_grid(theta, x.shape, align_corners=False)
@@ -249,6 +249,8 @@ def load_data(args):
             fail(f"--data {name}: {error}")
         print(f"Training on the built-in synthetic digits: {error}")
         name, (train, test, classes) = "synthetic", synthetic(args)
+    except OSError as error:
+        fail(f"--data {name}: {error}")
     if len(train[0]) < args.images_per_step:
         fail(f"a step takes {args.images_per_step} images, there are {len(train[0])} to train with")
 
@@ -298,7 +300,7 @@ def load_torchvision(name, root):
             files = [kind.filename] if name == "cifar10" else [file for file, _ in kind.resources]
             raise NoData(
                 f"{kind.__name__} is not in {root} and could not be downloaded "
-                f"({str(error).strip().splitlines()[-1]}); to use it, put {', '.join(files)} into {folder}"
+                f"({first_line(error)}); to use it, put {', '.join(files)} into {folder}"
             ) from None
     x = [torch.as_tensor(part.data) for part in (train, test)]
     x = [part[:, None] if part.dim() == 3 else part.permute(0, 3, 1, 2).contiguous() for part in x]
@@ -318,7 +320,7 @@ def fetch(kind, root, timeout=20):
     socket.setdefaulttimeout(timeout)
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as tmp:
         tmp = Path(tmp)
-        for packed in root.glob("*.tar.gz"):
+        for packed in root.glob(getattr(kind, "filename", "no file")):  # of CIFAR-10
             shutil.copyfile(packed, tmp / packed.name)
         for packed in root.glob(f"{kind.__name__}/raw/*.gz"):
             unpacked = tmp / packed.relative_to(root).with_suffix("")
@@ -481,7 +483,10 @@ def mlp_decoder(shape, hidden, latent_dim, norm=True):
 
 
 def conv_plan(image_size, width):
-    """Sides and channels after each halving, to a side of at most 7: (28, 16) -> [14, 7], [16, 32]."""
+    """Sides and channels after each halving, until a side is odd or at most 7.
+
+    (28, 16) -> [14, 7], [16, 32].
+    """
     sides = [image_size // 2]
     while sides[-1] > 7 and sides[-1] % 2 == 0:
         sides.append(sides[-1] // 2)
@@ -685,7 +690,10 @@ class Score:
     """
 
     def __init__(self, data, args):
-        self.data, self.network = data, load_classifier(data, args)
+        if len(data.classes) < 2 or len(data.x_test) < 100:
+            fail("--score needs at least two classes and 100 test images")
+        with torch.random.fork_rng():  # scoring must not change what is drawn and trained
+            self.data, self.network = data, load_classifier(data, args)
         self.real, _ = self.features(data.x_test)
 
     @torch.no_grad()
@@ -740,6 +748,7 @@ def load_classifier(data, args):
     """
     c, h, w = data.shape
     side = (h // 4) * (w // 4)
+    torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(c, 16, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 5, padding=2), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
@@ -755,23 +764,18 @@ def load_classifier(data, args):
     except Exception as error:  # whatever unpickling a foreign or truncated file runs into
         print(f"{path} is damaged ({first_line(error)})")
     print(f"Training the classifier that scores samples, once: {path}")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for layer in network:
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        network.to(args.device)
-        epochs, batch_size = 3, min(128, len(data.x_train))
-        opt = torch.optim.Adam(network.parameters())
-        steps = epochs * (len(data.x_train) // batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
-        for _ in range(epochs):
-            for x, y in data.batches(batch_size):
-                loss = F.cross_entropy(network(x), y)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
+    network.to(args.device)
+    epochs, batch_size = 3, min(128, len(data.x_train))
+    opt = torch.optim.Adam(network.parameters())
+    steps = epochs * (len(data.x_train) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
+    for _ in range(epochs):
+        for x, y in data.batches(batch_size):
+            loss = F.cross_entropy(network(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
     network.eval()
     with torch.no_grad():
         right = sum((network(x).argmax(1) == y).sum().item() for x, y in data.test_batches())
@@ -860,13 +864,15 @@ class Run:
             self.restore(args.checkpoint)
         if args.generate:
             return
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a run as it ends other tools
         flags = ", ".join(f"{key} {value}" for key, value in self.flags().items())
         print(f"{args.name}.py on {args.device} with {data.name} ({len(data.x_train)} images): {flags}")
 
     def restore(self, saved):
         """The networks of a checkpoint and, for --resume, all that the next epoch builds on."""
         data, before = self.data.identity(), tuple(saved["data_identity"])
-        if self.args.resume and data != before:
+        if (self.args.resume or self.score) and data != before:
             fail(f"{self.path('.pt')} was trained on other data: {before}, not {data}")
         try:
             for name, network in self.networks.items():
@@ -879,6 +885,7 @@ class Run:
             optimizer.load_state_dict(saved["optimizers"][name])
         self.epoch, self.rows, self.seconds = saved["epoch"], saved["rows"], saved["seconds"]
         self.step, self.progress = self.epoch * self.steps_per_epoch, [saved["progress"]]
+        self.schedule()
         self.write_csv()  # without the rows of an epoch that was not completed
 
     def path(self, what):
@@ -886,7 +893,7 @@ class Run:
 
     def flags(self):
         """The flags that make the run what it is: not those that say where it runs and writes."""
-        apart = "name checkpoint images_per_step out device data_dir generate resume nll".split()
+        apart = "name checkpoint images_per_step out device data_dir generate resume".split()
         return {key: value for key, value in vars(self.args).items() if key not in apart}
 
     def epochs(self):
@@ -897,19 +904,21 @@ class Run:
             yield self.epoch
         print(f"Pictures, losses and checkpoint: {self.path('*')}")
 
-    def log(self, losses):
-        """After every step: a dict of detached scalars, whose means over the interval make a row.
+    def schedule(self):
+        """Set the learning rate of the next step."""
+        left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * (
+                    left if self.args.lr_schedule == "linear" else 1
+                )
 
-        Sets the learning rate of the next step too.
-        """
+    def log(self, losses):
+        """After every step: a dict of detached scalars, whose means over the interval make a row."""
         self.losses.append(torch.stack(list(losses.values())))
         self.step += 1
         done = self.step - (self.epoch - 1) * self.steps_per_epoch
-        if self.args.lr_schedule == "linear":
-            left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = optimizer.defaults["lr"] * left
+        self.schedule()
         if self.step % self.args.log_every and done < self.steps_per_epoch:
             return
         self.check_finite(torch.stack(self.losses), list(losses), done == self.steps_per_epoch)
@@ -932,12 +941,10 @@ class Run:
                 if not all(value.isfinite().all() for value in network.state_dict().values()):
                     what = f"a weight of the {name} is not finite at step {self.step}"
         if what:
-            last = (
-                f"{self.path('.pt')} holds epoch {self.epoch - 1}"
-                if self.epoch > 1
-                else "no epoch was completed"
+            saved = (
+                f"{self.path('.pt')} holds epoch {self.epoch - 1}" if self.epoch > 1 else "nothing saved"
             )
-            fail(f"{what}: training diverged, try a smaller --lr; {last}", 1)
+            fail(f"{what}: training diverged, a smaller --lr may help; {saved}", 1)
 
     def end_epoch(self, samples, draw, test=None):
         """Complete the epoch's last CSV row, add a row to the progress picture, save the checkpoint.
@@ -946,7 +953,7 @@ class Run:
         """
         self.rows[-1].update(test or {})
         if self.score:
-            self.rows[-1].update(self.score(*self.draw(draw, 10_000)))
+            self.rows[-1].update(self.score(*draw(10_000)))
         self.write_csv()
         self.progress.append((samples[:10].detach().cpu() * 255).round().to(torch.uint8))
         self.save_grid("progress", torch.cat(self.progress).float() / 255, len(samples[:10]))
@@ -991,22 +998,19 @@ class Run:
             "rows": self.rows, "progress": torch.cat(self.progress), "seconds": self.seconds,
         }  # fmt: skip
 
-    def draw(self, draw, n):
-        """n samples and their labels, or None, from a script's draw(n): images, or images and labels."""
-        drawn = draw(n)
-        return drawn if isinstance(drawn, tuple) else (drawn, None)
-
     def generate(self, draw):
-        """Write --generate samples as single PNG files, in a folder per label if there are labels."""
+        """Write --generate samples as single PNG files, in a folder per label if there are labels.
+
+        `draw(n)`: the script's own; n samples, and the labels (n,) that were asked for or None.
+        """
         folder, n = self.path("_generated"), self.args.generate
         try:
             with tempfile.TemporaryDirectory(dir=self.args.out, prefix=f".{folder.name}-") as tmp:
                 for start in range(0, n, 1000):
-                    images, labels = self.draw(draw, min(1000, n - start))
+                    images, labels = draw(min(1000, n - start))
                     for i, x in enumerate(images):
-                        part = Path(
-                            tmp, "new", *([] if labels is None else [self.data.classes[labels[i]]])
-                        )
+                        label = "" if labels is None else self.data.classes[labels[i]].replace("/", "-")
+                        part = Path(tmp, "new", label)
                         part.mkdir(parents=True, exist_ok=True)
                         picture(x).save(part / f"{start + i:06}.png")
                 shutil.rmtree(folder, ignore_errors=True)
@@ -1015,5 +1019,5 @@ class Run:
             fail(f"{folder} cannot be written: {error.strerror}", 1)
         print(f"Wrote {n} samples to {folder}")
         if self.score:
-            numbers = self.score(*self.draw(draw, 10_000))
+            numbers = self.score(*draw(10_000))
             print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))

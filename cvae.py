@@ -52,23 +52,23 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --batch-size 64 --lr 2e-3")  # fmt: skip
+        help="kind of networks; conv brings --lr 2e-3 --batch-size 64")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[512, 256], help="hidden layers of the mlp")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
     add("--recon", choices=["bce", "mse"], default="bce",
-        help="-log p(x|z) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
+        help="-log p(x|z, y) of a Bernoulli, or of a Gaussian with variance 1/2")  # fmt: skip
     add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL divergence")
     add("--nll", type=number(int, 0), default=0, metavar="K",
-        help="at the end, estimate -log p(x) of the test set from K importance samples")  # fmt: skip
-    return parse(parser, conv={"batch_size": 64, "lr": 2e-3})
+        help="at the end, estimate -log p(x|y) of the test set from K importance samples")  # fmt: skip
+    return parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 64}})
 
 
 def reconstruction_loss(logits, x, kind):
-    """-log p(x|z) per image, summed over the pixels: (B, C, H, W) twice -> (B,)."""
+    """-log p(x|z, y) per image, summed over the pixels: (B, C, H, W) twice -> (B,)."""
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
-    return (logits.sigmoid() - x).square().flatten(1).sum(1)
+    return ((logits.sigmoid() - x).square() + math.log(math.pi) / 2).flatten(1).sum(1)
 
 
 def elbo_terms(x, y, args, encoder, decoder):
@@ -97,10 +97,10 @@ def evaluate(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator(args.device).manual_seed(0)
+    fixed = torch.Generator().manual_seed(0)
     terms = torch.zeros(2, device=args.device)
     for x, labels in data.test_batches():
-        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
+        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
         y = one_hot(labels, len(data.classes))
         terms += torch.stack(elbo_terms(x, y, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
@@ -117,10 +117,10 @@ def estimate_nll(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator(args.device).manual_seed(0)
+    fixed = torch.Generator().manual_seed(0)
     total = 0
     for x, labels in data.test_batches():
-        x = torch.bernoulli(x, generator=fixed) if args.binarize else x
+        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
         y = one_hot(labels, len(data.classes))
         mu, logvar = encoder(x, y).chunk(2, 1)
         log_w = []  # log p(x|z, y) + log p(z) - log q(z|x, y), (B,) each
@@ -130,6 +130,7 @@ def estimate_nll(data, args, encoder, decoder):
             log_p = -reconstruction_loss(decoder(z, y), x, args.recon)
             log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
         total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
+    encoder.train(), decoder.train()
     return {"test_nll": (total / len(data.x_test)).item()}
 
 
@@ -180,6 +181,7 @@ def main(args):
     z_fixed = torch.randn(10, args.latent_dim).to(args.device)
     y_every = torch.eye(n_classes, device=args.device)
     x_fixed, labels = data.examples(32)
+    x_fixed = torch.bernoulli(x_fixed) if args.binarize else x_fixed
     y_fixed = one_hot(labels, n_classes)
 
     for epoch in run.epochs():
@@ -194,7 +196,7 @@ def main(args):
         run.save_grid("interpolation", sample(decoder, *walks(z_fixed, y_every)), 6)
         z = traverse(mu[0], mu)
         run.save_grid("traversal", sample(decoder, z, y_fixed[:1].expand(len(z), -1)), 10)
-        run.end_epoch(x_fake[::11], draw, evaluate(data, args, encoder, decoder))
+        run.end_epoch(x_fake[:100:11], draw, evaluate(data, args, encoder, decoder))
     if args.nll:
         run.add_to_last_row(estimate_nll(data, args, encoder, decoder))
 

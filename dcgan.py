@@ -21,6 +21,9 @@ Differences from the paper:
   1024); the generator ends in a sigmoid and the discriminator centres its input (tanh);
 - batches of 32 (128), Adam at 1e-3 for the generator and 3e-4 for the discriminator (2e-4 for both):
   with a tenth of the steps, both must learn faster, and the discriminator must not run ahead;
+- the generator learns from the images that the discriminator has just seen (the paper: from new noise);
+- noise from N(0, I) (uniform noise); batch norm's weights start from N(1, 0.02), as in the authors'
+  code;
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python dcgan.py --epochs 1
@@ -49,7 +52,7 @@ def parse_args():
     add = parser.add_argument
     add("--lr-d", type=number(float, 1e-9), default=0.3, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 1), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
 
@@ -97,7 +100,7 @@ class Discriminator(nn.Sequential):
 
 
 def initialize(network):
-    """Weights from N(0, 0.02), those of batch norm from N(1, 0.02), as in the paper."""
+    """Weights from N(0, 0.02), those of batch norm from N(1, 0.02)."""
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, 0.02)
@@ -162,7 +165,7 @@ def main(args):
     run = Run(args, data, networks, {"generator": opt_g, "discriminator": opt_d})
 
     def draw(n):
-        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device))
+        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device)), None
 
     if args.generate:
         return run.generate(draw)

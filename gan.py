@@ -23,9 +23,10 @@ Differences from the paper:
   dropout in the discriminator). --arch conv has the decoder of vae.py and vaegan.py, and vaegan.py's
   discriminator;
 - He's initialisation and a centred input in the discriminator;
-- Adam at 1e-3 or 2e-3 in both networks (momentum), batches of 16 or 32 (100), noise of 100 normal
-  dimensions;
+- Adam at 1e-3 or 2e-3 in both networks (momentum), batches of 16 or 32 (100), noise from N(0, I) in 100
+  dimensions (uniform noise);
 - the generator maximises log D, which the paper recommends; its game in theory is --loss minimax;
+- the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python gan.py --epochs 1
@@ -33,7 +34,7 @@ Differences from the paper:
 
 Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV, as
 means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
-loss_g (log 2 = 0.69 at chance), d_real = D(x), d_fake = D(x_fake).
+loss_g (log 2 = 0.69 at chance, -0.69 with --loss minimax), d_real = D(x), d_fake = D(x_fake).
 """
 
 import torch
@@ -61,9 +62,9 @@ def parse_args():
     add("--d-steps", type=number(int, 1), default=1, help="discriminator steps per generator step")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 1), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, conv={"lr": 2e-3, "batch_size": 32})
+    args = parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32}})
     args.images_per_step = args.batch_size * args.d_steps
     return args
 
@@ -129,7 +130,7 @@ def main(args):
     run = Run(args, data, networks, {"generator": opt_g, "discriminator": opt_d})
 
     def draw(n):
-        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device))
+        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device)), None
 
     if args.generate:
         return run.generate(draw)

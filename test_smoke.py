@@ -56,7 +56,7 @@ TINY = ["--epochs", 3, "--batch-size", 2, "--log-every", 2]
 def load(script, *flags):
     """The script as a module, and what its command line with these flags parses to."""
     module = importlib.import_module(script)
-    with mock.patch.object(sys, "argv", [f"{script}.py", *map(str, flags)]):
+    with mock.patch.object(sys, "argv", [f"{script}.py", "--device", "cpu", *map(str, flags)]):
         return module, module.parse_args()
 
 
@@ -109,7 +109,15 @@ class CommandLine(TemporaryFolder):
         for script in SCRIPTS:
             with self.subTest(script):
                 out, again = self.tmp / script, self.tmp / "again" / script
-                command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--data", "synthetic"]
+                command = [
+                    sys.executable,
+                    HERE / f"{script}.py",
+                    "--dry-run",
+                    "--data",
+                    "synthetic",
+                    "--device",
+                    "cpu",
+                ]
                 done = subprocess.run([*command, "--out", out], cwd=cwd, capture_output=True, text=True)
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
                 self.assertEqual(list(cwd.iterdir()), [])
@@ -131,6 +139,7 @@ class CommandLine(TemporaryFolder):
         check("vae", "--arch", "conv", "--recon", "mse", "--opt", "rmsprop", "--translate", 0.1)
         check("vaegan", "--opt", "rmsprop", "--lr-schedule", "linear")
         check("cvae", "--arch", "conv", "--binarize")
+        check("vae", "--arch", "pixelcnn", "--width", 2)
         check("gan", "--arch", "conv", "--loss", "minimax", "--d-steps", 2)
         check("gan", "--hidden", 32, 64, "--dropout", 0, "--opt", "sgd")
         check("cgan", "--arch", "conv", "--ema", 0)
@@ -138,15 +147,16 @@ class CommandLine(TemporaryFolder):
             check("wgan", "--arch", arch, "--lipschitz", "clip")
             check("wgan", "--arch", arch, "--lipschitz", "gp", "--n-critic", 2)
 
-    def test_scoring_does_not_change_training(self):
-        losses = []
+    def test_scoring_changes_neither_training_nor_pictures(self):
+        results = []
         for flags in ([], ["--score", "--data-dir", self.tmp / "data"]):
-            call("vae", "--dry-run", "--epochs", 1, "--out", self.tmp / "out", *flags)
+            call("vae", "--dry-run", "--out", self.tmp / "out", *flags)
             with open(self.tmp / "out" / "vae.csv", newline="") as file:
-                losses.append(
+                results.append(
                     [row[name] for row in csv.DictReader(file) for name in COLUMNS["vae"].split()]
                 )
-        self.assertEqual(*losses)
+            results[-1] += [path.read_bytes() for path in sorted((self.tmp / "out").glob("*.png"))]
+        self.assertEqual(*results)
         with open(self.tmp / "out" / "vae.csv", newline="") as file:
             (row,) = csv.DictReader(file)
         self.assertLessEqual({"fd", "classes", "class_kl", "precision", "recall"}, set(row))
@@ -278,7 +288,7 @@ class CommandLine(TemporaryFolder):
 
     def test_resume(self):
         """A run that was stopped in mid-epoch and resumed leaves the files of one that was not."""
-        arches = {"vae": ["mlp", "conv"], "cvae": ["mlp", "conv"], "gan": ["mlp", "conv"],
+        arches = {"vae": ["mlp", "conv", "pixelcnn"], "cvae": ["mlp", "conv"], "gan": ["mlp", "conv"],
                   "cgan": ["mlp", "conv"], "wgan": ["mlp", "conv"]}  # fmt: skip
         for script in SCRIPTS:
             for arch in arches.get(script, [None]):
@@ -310,18 +320,9 @@ class CommandLine(TemporaryFolder):
             "common.Run.log = kill\n"
             "vae.main(vae.parse_args())"
         )
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "--data",
-            self.tmp / "pictures",
-            "--batch-size",
-            "2",
-            "--epochs",
-            "2",
-        ]
-        command += ["--out", self.tmp / "out", "--log-every", "2", "--lr-schedule", "constant"]
+        flags = ["--data", self.tmp / "pictures", "--out", self.tmp / "out", *TINY]
+        flags += ["--epochs", 2, "--lr-schedule", "constant", "--device", "cpu"]
+        command = [sys.executable, "-c", code, *map(str, flags)]
         env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, env=env, cwd=self.tmp, capture_output=True, text=True)
         self.assertEqual(done.returncode, -9, done.stderr)
@@ -339,16 +340,7 @@ class CommandLine(TemporaryFolder):
     def test_signals(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             out = self.tmp / number.name
-            command = [
-                sys.executable,
-                HERE / "vae.py",
-                "--data",
-                "synthetic",
-                "--out",
-                out,
-                "--log-every",
-                "1",
-            ]
+            command = [sys.executable, HERE / "vae.py", "--data", "synthetic", "--out", out]
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             while not (out / "vae.csv").exists() and run.poll() is None:
                 time.sleep(0.05)
@@ -510,6 +502,40 @@ class Maths(unittest.TestCase):
         x, logits = torch.rand(3, 1, 4, 4).round(), torch.randn(3, 1, 4, 4)
         p = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
         torch.testing.assert_close(vae.reconstruction_loss(logits, x, "bce"), -p)
+
+    def test_nll_is_at_most_the_elbo(self):
+        """With one sample they agree on average, with more the estimate falls; exact where q(z|x) is."""
+        for script in {"vae", "cvae"} & set(SCRIPTS):
+            with tempfile.TemporaryDirectory() as out:
+                numbers = []
+                for k in (1, 50):
+                    call(script, "--dry-run", "--binarize", "--nll", k, "--out", out)
+                    with open(Path(out) / f"{script}.csv", newline="") as file:
+                        *_, row = csv.DictReader(file)
+                    numbers.append((float(row["test_elbo"]), float(row["test_nll"])))
+                (elbo, one), (_, fifty) = numbers
+                self.assertAlmostEqual(one / elbo, 1, delta=0.02)
+                self.assertLess(fifty, one)
+
+    def test_pixelcnn_sees_only_pixels_before(self):
+        """Gradients reach no later pixel; drawing in small windows gives what whole images give."""
+        import vae
+
+        torch.manual_seed(0)
+        decoder, z = vae.PixelCNN((1, 12, 12), 4, 3, norm=True, layers=2).eval(), torch.randn(2, 3)
+        x = torch.rand(2, 1, 12, 12).round().requires_grad_()
+        logits = decoder(z, x)
+        for i in (0, 17, 77, 143):
+            (gradient,) = torch.autograd.grad(logits.flatten(1)[:, i].sum(), x, retain_graph=True)
+            seen = gradient.abs().sum(0).flatten().nonzero()
+            self.assertEqual(bool(len(seen)), i > 0)
+            self.assertTrue((seen < i).all())
+        with torch.no_grad():
+            torch.manual_seed(1)
+            windows = decoder.sample(z)
+            decoder.reach = 100
+            torch.manual_seed(1)
+            self.assertTrue(torch.equal(decoder.sample(z), windows))
 
     def test_vaegan_updates(self):
         """Each update changes its own network alone; the encoder has no adversarial gradient."""

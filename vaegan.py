@@ -60,7 +60,7 @@ def parse_args():
         help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=2.0, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 1), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
 
@@ -156,7 +156,7 @@ def main(args):
     run = Run(args, data, networks, {"encoder": opt_e, "decoder": opt_g, "discriminator": opt_d})
 
     def draw(n):
-        return sample(decoder_ema, torch.randn(n, args.latent_dim, device=args.device))
+        return sample(decoder_ema, torch.randn(n, args.latent_dim, device=args.device)), None
 
     if args.generate:
         return run.generate(draw)

@@ -29,6 +29,7 @@ Differences from the papers:
 - gp: Adam at 2e-3 in batches of 16 (1e-4, batches of 64);
 - clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for networks that are wider and scaled by batch norm),
   RMSprop at 1e-3 for the generator and 2e-4 for the critic (5e-5 for both), batches of 16 (64);
+- the generator learns from the images that the critic has just seen (the papers: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python wgan.py --epochs 1
@@ -63,15 +64,17 @@ def parse_args():
     add("--lipschitz", choices=["clip", "gp"], default="gp",
         help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 --lr-d 0.2 "
         "--n-critic 2) or a gradient penalty")  # fmt: skip
-    add("--clip", type=number(float, 0), default=0.1, help="largest weight of the critic")
-    add("--gp-weight", type=number(float, 0), default=10.0, help="weight of the gradient penalty")
+    add("--clip", type=number(float, 0), default=0.1, help="clip: largest weight of the critic")
+    add("--gp-weight", type=number(float, 0), default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=number(int, 1), default=3, help="critic steps per generator step")
-    add("--critic-warmup", type=number(int, 0), default=100, help="critic steps before the first epoch")
+    add("--critic-warmup", type=number(int, 0), default=100,
+        help="critic steps before the first epoch, at most a pass over the data")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the critic's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 1), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, clip={"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.2, "n_critic": 2})
+    clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.2, "n_critic": 2}
+    args = parse(parser, lipschitz={"clip": clip})
     args.images_per_step = args.batch_size * args.n_critic
     return args
 
@@ -159,7 +162,7 @@ def main(args):
     run = Run(args, data, networks, {"generator": opt_g, "critic": opt_d})
 
     def draw(n):
-        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device))
+        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device)), None
 
     if args.generate:
         return run.generate(draw)

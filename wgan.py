@@ -27,8 +27,9 @@ Differences from the papers:
   ahead (Arjovsky et al.: 100 for each of the first 25 generator steps): an epoch then has more generator
   steps;
 - gp: Adam at 2e-3 in batches of 16 (1e-4, batches of 64);
-- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for networks that are wider and scaled by batch norm),
-  RMSprop at 1e-3 for the generator and 2e-4 for the critic (5e-5 for both), batches of 16 (64);
+- clip: weights in [-0.1, 0.1], with --arch mlp in [-0.02, 0.02] ([-0.01, 0.01], for networks that are
+  wider and scaled by batch norm), RMSprop at 1e-3 for the generator and 2e-4 for the critic (5e-5 for
+  both), batches of 16 (64);
 - the generator learns from the images that the critic has just seen (the papers: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
@@ -58,7 +59,7 @@ def parse_args():
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
+    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks; mlp brings --clip 0.02")
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")  # fmt: skip
     add("--lipschitz", choices=["clip", "gp"], default="gp",
@@ -74,7 +75,7 @@ def parse_args():
     add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.2, "n_critic": 2}
-    args = parse(parser, lipschitz={"clip": clip})
+    args = parse(parser, arch={"mlp": {"clip": 0.02}}, lipschitz={"clip": clip})
     args.images_per_step = args.batch_size * args.n_critic
     return args
 

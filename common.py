@@ -906,12 +906,12 @@ class Run:
 
     def schedule(self):
         """Set the learning rate of the next step."""
-        left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
+        left = 1.0
+        if self.args.lr_schedule == "linear":
+            left -= self.step / (self.args.epochs * self.steps_per_epoch)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * (
-                    left if self.args.lr_schedule == "linear" else 1
-                )
+                group["lr"] = optimizer.defaults["lr"] * left
 
     def log(self, losses):
         """After every step: a dict of detached scalars, whose means over the interval make a row."""
@@ -941,9 +941,8 @@ class Run:
                 if not all(value.isfinite().all() for value in network.state_dict().values()):
                     what = f"a weight of the {name} is not finite at step {self.step}"
         if what:
-            saved = (
-                f"{self.path('.pt')} holds epoch {self.epoch - 1}" if self.epoch > 1 else "nothing saved"
-            )
+            last = self.epoch - 1
+            saved = f"{self.path('.pt')} holds epoch {last}" if last else "nothing was saved"
             fail(f"{what}: training diverged, a smaller --lr may help; {saved}", 1)
 
     def end_epoch(self, samples, draw, test=None):

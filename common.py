@@ -991,7 +991,8 @@ class Run:
     def state(self):
         return {
             "script": self.args.name, "epoch": self.epoch, "flags": self.flags(),
-            "data_identity": self.data.identity(), "shape": self.data.shape, "classes": self.data.classes,
+            "data_identity": self.data.identity(), "shape": self.data.shape,
+            "classes": self.data.classes,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "rows": self.rows, "progress": torch.cat(self.progress), "seconds": self.seconds,

@@ -112,8 +112,8 @@ def evaluate(data, args, encoder, decoder):
 def estimate_nll(data, args, encoder, decoder):
     """-log p(x|y) of the test set in nats per image, from args.nll importance samples of each z.
 
-    -log 1/K sum_k p(x|z_k, y) p(z_k) / q(z_k|x, y), z_k ~ q(z|x, y): Burda et al. 2016, arXiv 1509.00519. At
-    K = 1 it is -ELBO on average; it falls with K towards the truth.
+    -log 1/K sum_k p(x|z_k, y) p(z_k) / q(z_k|x, y), z_k ~ q(z|x, y): Burda et al. 2016, arXiv
+    1509.00519. At K = 1 it is -ELBO on average; it falls with K towards the truth.
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)

@@ -59,12 +59,13 @@ def parse_args():
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks; mlp brings --clip 0.02")
+    add("--arch", choices=["mlp", "conv"], default="conv",
+        help="kind of networks; mlp brings --clip 0.02")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")  # fmt: skip
     add("--lipschitz", choices=["clip", "gp"], default="gp",
-        help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 --lr-d 0.2 "
-        "--n-critic 2) or a gradient penalty")  # fmt: skip
+        help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 "
+        "--lr-d 0.2 --n-critic 2) or a gradient penalty")  # fmt: skip
     add("--clip", type=number(float, 0), default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=number(float, 0), default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=number(int, 1), default=3, help="critic steps per generator step")
@@ -91,7 +92,7 @@ def generator_loss(c_fake):
 
 
 def gradient_penalty(critic, x, x_fake):
-    """(||gradient of critic at x_hat|| - 1)^2, averaged; x_hat between each x and x_fake (B, C, H, W)."""
+    """(||gradient of critic at x_hat|| - 1)^2, averaged; x_hat between x and x_fake (B, C, H, W)."""
     epsilon = torch.rand(len(x), 1, 1, 1, device=x.device)
     x_hat = torch.lerp(x, x_fake, epsilon).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)

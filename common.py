@@ -829,16 +829,17 @@ def save_png(path, x):
 def load_checkpoint(path, name):
     """The checkpoint of script `name` as a dict on the CPU; one line and status 2 if it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if damaged := zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
             raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] == name and checkpoint["flags"]:
             return checkpoint
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
     except FileNotFoundError:
         fail(f"no checkpoint {path}: train first")
     except Exception as error:  # whatever unpickling a foreign or truncated file runs into
-        fail(f"{path} is not a whole checkpoint of {name}.py ({first_line(error)})")
+        why = first_line(error).split(". ")[0]  # torch goes on to advise against weights_only
+        fail(f"{path} is not a whole checkpoint of {name}.py ({why})")
 
 
 def show(line):

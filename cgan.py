@@ -21,7 +21,8 @@ Differences from the paper:
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
   layer of their own). In the generator it extends z. In the discriminator it is one more channel per
   class of the image (--arch conv, a conditional DCGAN) or one more pixel per class (--arch mlp), scaled
-  to weigh as much as the image: with ones the network overlooks them for many epochs;
+  to weigh as much as the image: with ones the network overlooks them for many epochs. The channels hold
+  0 and 1: with -1 and 1 they outweigh the image, and the discriminator falls to chance in two epochs;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 

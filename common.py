@@ -593,7 +593,10 @@ class Conditional(nn.Module):
         if self.flat:
             h = h.flatten(1)
             return self.network(torch.cat([h, y * (h.shape[1] / y.shape[1]) ** 0.5], 1))
-        return self.network(torch.cat([h, y[:, :, None, None].expand(-1, -1, *h.shape[2:])], 1))
+        planes = y[:, :, None, None].expand(-1, -1, *h.shape[2:])
+        if isinstance(self.network, Discriminator):  # it centres its input, and planes of -1 would
+            planes = (planes + 1) / 2  # outweigh the image: let them come out as 0 and 1
+        return self.network(torch.cat([h, planes], 1))
 
 
 # ---------------------------------------------------------------------------------------------

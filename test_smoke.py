@@ -613,6 +613,13 @@ class Maths(unittest.TestCase):
                 folders = sorted(path.name for path in (Path(out) / f"{script}_generated").iterdir())
                 self.assertEqual(folders, list("0123456789"))
 
+    def test_label_planes(self):
+        """They reach the discriminator's first layer as 0 and 1: -1 and 1 would outweigh the image."""
+        network, seen, y = common.conv_discriminator((11, 28, 28), 4), [], torch.eye(10)[:3]
+        network.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 1:]))
+        common.Conditional(network)(torch.rand(3, 1, 28, 28), y)
+        self.assertTrue(torch.equal(seen[0], y[:, :, None, None].expand(-1, -1, 28, 28)))
+
     def test_sampling_leaves_batch_statistics_alone(self):
         for script in SCRIPTS:
             module = importlib.import_module(script)

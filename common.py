@@ -205,10 +205,12 @@ class Data:
         index = index.to(self.x_test.device)
         return self.x_test[index].float() / 255, self.y_test[index]
 
-    def test_batches(self, batch_size=1000):
-        """The test set in order; yields x in [0, 1] and y."""
+    def test_batches(self, binarize=False, batch_size=1000):
+        """The test set in order; yields x in [0, 1], or binary x, the same at each call, and y."""
+        fixed = torch.Generator().manual_seed(0)
         for x, y in zip(self.x_test.split(batch_size), self.y_test.split(batch_size)):
-            yield x.float() / 255, y
+            x = x.float() / 255
+            yield torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if binarize else x, y
 
 
 def shift(x, fraction):
@@ -838,6 +840,8 @@ def load_checkpoint(path, name):
         if checkpoint["script"] == name and checkpoint["flags"]:
             return checkpoint
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
+    except KeyError:
+        fail(f"{path} is no checkpoint of these scripts")
     except FileNotFoundError:
         fail(f"no checkpoint {path}: train first")
     except Exception as error:  # whatever unpickling a foreign or truncated file runs into

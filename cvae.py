@@ -97,10 +97,8 @@ def evaluate(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator().manual_seed(0)
     terms = torch.zeros(2, device=args.device)
-    for x, labels in data.test_batches():
-        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
+    for x, labels in data.test_batches(args.binarize):
         y = one_hot(labels, len(data.classes))
         terms += torch.stack(elbo_terms(x, y, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
@@ -117,10 +115,8 @@ def estimate_nll(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator().manual_seed(0)
     total = 0
-    for x, labels in data.test_batches():
-        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
+    for x, labels in data.test_batches(args.binarize):
         y = one_hot(labels, len(data.classes))
         mu, logvar = encoder(x, y).chunk(2, 1)
         log_w = []  # log p(x|z, y) + log p(z) - log q(z|x, y), (B,) each

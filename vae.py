@@ -167,10 +167,8 @@ def evaluate(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator().manual_seed(0)
     terms = torch.zeros(2, device=args.device)
-    for x, _ in data.test_batches():
-        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
+    for x, _ in data.test_batches(args.binarize):
         terms += torch.stack(elbo_terms(x, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
     recon, kl = (terms / len(data.x_test)).tolist()
@@ -186,10 +184,8 @@ def estimate_nll(data, args, encoder, decoder):
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    fixed = torch.Generator().manual_seed(0)
     total = 0
-    for x, _ in data.test_batches():
-        x = torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if args.binarize else x
+    for x, _ in data.test_batches(args.binarize):
         mu, logvar = encoder(x).chunk(2, 1)
         log_w = []  # log p(x|z) + log p(z) - log q(z|x), (B,) each
         for _ in range(args.nll):
@@ -284,8 +280,7 @@ def main(args):
         run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))
         run.save_grid("interpolation", sample(decoder, interpolate(mu[:16], mu.roll(-1, 0)[:16])), 6)
         if args.latent_dim == 2:
-            batches = (torch.bernoulli(x) if args.binarize else x for x, _ in data.test_batches())
-            codes = torch.cat([encode(encoder, x) for x in batches])
+            codes = torch.cat([encode(encoder, x) for x, _ in data.test_batches(args.binarize)])
             run.save_grid("manifold", sample(decoder, plane(20, args.device)), 20)
             save_png(run.path("_latent.png"), scatter(codes, data.y_test, len(data.classes)))
         else:

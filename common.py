@@ -205,10 +205,10 @@ class Data:
         index = index.to(self.x_test.device)
         return self.x_test[index].float() / 255, self.y_test[index]
 
-    def test_batches(self, binarize=False, batch_size=1000):
+    def test_batches(self, binarize=False):
         """The test set in order; yields x in [0, 1], or binary x, the same at each call, and y."""
         fixed = torch.Generator().manual_seed(0)
-        for x, y in zip(self.x_test.split(batch_size), self.y_test.split(batch_size)):
+        for x, y in zip(self.x_test.split(1000), self.y_test.split(1000)):
             x = x.float() / 255
             yield torch.bernoulli(x.cpu(), generator=fixed).to(x.device) if binarize else x, y
 
@@ -342,7 +342,7 @@ def load_folder(folder, size):
     """Pictures as colour or, if all are grey, grey images, cropped to a square in their middle.
 
     Sub-folders are the classes. FOLDER/train and FOLDER/test are the two sets; where they are
-    missing every tenth picture is a test picture.
+    missing a tenth of the pictures, the same at each run, are the test pictures.
     """
     if not folder.is_dir():
         fail(f"--data {folder}: neither a known data set nor a folder")
@@ -356,7 +356,7 @@ def load_folder(folder, size):
         cut = -(-len(pictures) // 10)
         test, train = [pictures[i] for i in order[:cut]], [pictures[i] for i in order[cut:]]
     if not size:
-        size = max(8, min(64, smallest_side(train + test)) // 4 * 4)
+        size = max(8, min(64, first_side(train + test)) // 4 * 4)
     sets = [decode(pictures, size) for pictures in (train, test)]
     if all((x == x[:, :1]).all() for x, _ in sets):
         sets = [(x[:, :1].contiguous(), y) for x, y in sets]
@@ -381,13 +381,13 @@ def list_folder(folder):
     return pairs, list(classes)
 
 
-def smallest_side(pictures):
+def first_side(pictures):
     """The shorter side, in pixels, of the first picture that can be opened."""
     for path, _ in pictures:
         try:
             with Image.open(path) as image:
                 return min(image.size)
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             pass
     fail(f"none of the {len(pictures)} pictures can be read")
 
@@ -662,14 +662,14 @@ def walks(z, y):
     return torch.cat([z_walk, z_still]), torch.cat([y_still, y_walk])
 
 
-def traverse(z, codes, steps=10, limit=3.0):
-    """Each latent dimension of z (latent_dim,) in turn from -limit to limit: (rows * steps, latent_dim).
+def traverse(z, codes):
+    """Each latent dimension of z (latent_dim,) in turn from -3 to 3 in ten steps: (10 rows, latent_dim).
 
     Up to ten rows, of the dimensions in which the codes (N, latent_dim) vary most.
     """
     dims = codes.var(0).topk(min(10, len(z))).indices
-    z = z.repeat(len(dims), steps, 1)
-    z[torch.arange(len(dims)), :, dims] = torch.linspace(-limit, limit, steps, device=z.device)
+    z = z.repeat(len(dims), 10, 1)
+    z[torch.arange(len(dims)), :, dims] = torch.linspace(-3, 3, 10, device=z.device)
     return z.flatten(0, 1)
 
 
@@ -865,11 +865,11 @@ class Run:
     def __init__(self, args, data, networks, optimizers):
         self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
         self.rows, self.losses, self.progress = [], [], []
-        self.score = Score(data, args) if args.score else None
         self.epoch = self.step = self.seconds = 0
         self.steps_per_epoch = len(data.x_train) // args.images_per_step
         if args.checkpoint:
             self.restore(args.checkpoint)
+        self.score = Score(data, args) if args.score else None
         if args.generate:
             return
         if hasattr(signal, "SIGPIPE"):
@@ -880,7 +880,7 @@ class Run:
     def restore(self, saved):
         """The networks of a checkpoint and, for --resume, all that the next epoch builds on."""
         data, before = self.data.identity(), tuple(saved["data_identity"])
-        if (self.args.resume or self.score) and data != before:
+        if (self.args.resume or self.args.score) and data != before:
             fail(f"{self.path('.pt')} was trained on other data: {before}, not {data}")
         try:
             for name, network in self.networks.items():
@@ -929,13 +929,13 @@ class Run:
         self.schedule()
         if self.step % self.args.log_every and done < self.steps_per_epoch:
             return
-        self.check_finite(torch.stack(self.losses), list(losses), done == self.steps_per_epoch)
-        means, self.losses = torch.stack(self.losses).mean(0).tolist(), []
+        table, self.losses = torch.stack(self.losses), []
+        self.check_finite(table, list(losses), done == self.steps_per_epoch)
         seconds = self.seconds + time.monotonic() - self.start
         if done == self.steps_per_epoch:
             self.seconds = seconds
         self.rows.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 2)})
-        self.rows[-1].update(zip(losses, means))
+        self.rows[-1].update(zip(losses, table.mean(0).tolist()))
         self.write_csv()
         show(self.line(f"{100 * done // self.steps_per_epoch}%"))
 
@@ -971,10 +971,9 @@ class Run:
 
     def add_to_last_row(self, numbers):
         """What was measured after the last epoch, on the screen and in the CSV."""
-        if self.rows:
-            self.rows[-1].update(numbers)
-            self.write_csv()
-            print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        self.rows[-1].update(numbers)
+        self.write_csv()
+        print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 
     def line(self, where=""):
         row = dict(self.rows[-1])

@@ -19,8 +19,8 @@ averaged over the batch:
 Differences from the papers:
 - z has a fixed prior N(0, I) (Sohn et al.: a prior that depends on the condition);
 - one label per image, always given (Kingma et al. infer missing ones);
-- the label joins the pixels and z in the first layers alone, in the encoder scaled to weigh as much as
-  the image;
+- the label joins the pixels and z in the first layers alone; the encoder sees it scaled to weigh as much
+  as the image (--arch mlp) or as one more channel of 0 or 1 per class (--arch conv);
 - layers, optimiser and learning rate of vae.py; 8 latent dimensions: with 20, more of a digit's identity
   stays in z, and fewer samples carry the label asked for;
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them.
@@ -103,7 +103,7 @@ def evaluate(data, args, encoder, decoder):
         terms += torch.stack(elbo_terms(x, y, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
     recon, kl = (terms / len(data.x_test)).tolist()
-    return {"test_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+    return {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
 
 
 @torch.no_grad()

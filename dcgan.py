@@ -22,12 +22,12 @@ Differences from the paper:
 - batches of 32 (128), Adam at 1e-3 for the generator and 3e-4 for the discriminator (2e-4 for both):
   with a tenth of the steps, both must learn faster, and the discriminator must not run ahead;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
-- noise from N(0, I) (uniform noise); batch norm's weights start from N(1, 0.02), as in the authors'
-  code;
+- noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in
+  100); batch norm's weights start from N(1, 0.02), as in the authors' code;
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python dcgan.py --epochs 1
-    python dcgan.py --data cifar10 --width 64 --lr 2e-4 --lr-d 1 --batch-size 128 --epochs 25
+    python dcgan.py --data cifar10 --latent-dim 100 --epochs 25
 
 Files: dcgan.csv, dcgan_samples.png, dcgan_progress.png, dcgan_interpolation.png, dcgan.pt. Columns of
 the CSV, as means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at
@@ -39,14 +39,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    Run, average, interpolate, load_data, make_optimizer, number, parse, shared_flags,
-    update_average,
+    Run, average, interpolate, load_data, make_optimizer, number, parse, shared_flags, update_average,
 )  # fmt: skip
 
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=32, opt="adam", lr=1e-3, latent_dim=100, width=32,
+        __file__, __doc__, epochs=10, batch_size=32, opt="adam", lr=1e-3, latent_dim=10, width=32,
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument

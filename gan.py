@@ -24,7 +24,7 @@ Differences from the paper:
   discriminator;
 - He's initialisation and a centred input in the discriminator;
 - Adam at 1e-3 or 2e-3 in both networks (momentum), batches of 16 or 32 (100), noise from N(0, I) in 100
-  dimensions (uniform noise);
+  dimensions, with --arch conv in 10 (uniform noise);
 - the generator maximises log D, which the paper recommends; its game in theory is --loss minimax;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
@@ -53,7 +53,7 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 2e-3 --batch-size 32")  # fmt: skip
+        help="kind of networks; conv brings --lr 2e-3 --batch-size 32 --latent-dim 10")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
@@ -64,7 +64,7 @@ def parse_args():
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32}})
+    args = parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32, "latent_dim": 10}})
     args.images_per_step = args.batch_size * args.d_steps
     return args
 
@@ -83,7 +83,7 @@ def train_step(x, args, generator, discriminator, opt_g, opt_d):
     """One update of the generator on x (d_steps * B, C, H, W); returns detached scalars for the CSV."""
     # (1) Discriminator, d_steps times: maximise log D(x) + log(1 - D(x_fake))
     for x_real in x.split(args.batch_size):
-        z = torch.randn(args.batch_size, args.latent_dim, device=x.device)
+        z = torch.randn(len(x_real), args.latent_dim, device=x.device)
         x_fake = generator(z).sigmoid()
         d_real, d_fake = discriminator(torch.cat([x_real, x_fake.detach()])).chunk(2)
         loss_d = discriminator_loss(d_real, d_fake)

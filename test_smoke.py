@@ -6,6 +6,7 @@ hold is checked in process.
 
 import ast
 import contextlib
+import copy
 import csv
 import gzip
 import importlib
@@ -39,12 +40,12 @@ GRIDS = {
     "traversal": (10, 10),
 }  # fmt: skip
 PICTURES = {script: ["samples", "progress", "interpolation"] for script in SCRIPTS}
-for script in {"vae", "cvae", "vaegan"} & set(SCRIPTS):
+for script in ("vae", "cvae", "vaegan"):
     PICTURES[script] += ["reconstructions", "traversal"]
 GAN = "loss_d loss_g d_real d_fake"
 COLUMNS = {
-    "vae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
-    "cvae": "loss loss_recon loss_kl test_elbo test_recon test_kl",
+    "vae": "loss loss_recon loss_kl test_neg_elbo test_recon test_kl",
+    "cvae": "loss loss_recon loss_kl test_neg_elbo test_recon test_kl",
     "gan": GAN, "cgan": GAN, "dcgan": GAN,
     "wgan": "loss_d wasserstein c_real c_fake penalty loss_g grad_norm",
     "vaegan": "loss_d loss_g loss_kl loss_features d_real d_recon d_fake",
@@ -71,6 +72,23 @@ def call(script, *flags):
 
 def values(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def bce(logits, target):
+    """-log D(x) at target 1, -log(1 - D(x)) at target 0, averaged."""
+    return torch.nn.BCEWithLogitsLoss()(logits, torch.full_like(logits, target))
+
+
+def flat_gradient(loss, network):
+    gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def descend(network, loss, lr=1e-2):
+    """One step of gradient descent on the network; returns the gradient."""
+    gradient = flat_gradient(loss, network)
+    torch.nn.utils.vector_to_parameters(values(network) - lr * gradient, network.parameters())
+    return gradient
 
 
 class TemporaryFolder(unittest.TestCase):
@@ -135,7 +153,7 @@ class CommandLine(TemporaryFolder):
         check("cvae", "--arch", "conv", "--binarize")
         check("vae", "--arch", "pixelcnn", "--width", 2)
         check("gan", "--arch", "conv", "--loss", "minimax", "--d-steps", 2)
-        check("gan", "--hidden", 32, 64, "--dropout", 0, "--opt", "sgd")
+        check("gan", "--hidden", 32, 64, "--dropout", 0.3, "--opt", "sgd")
         check("cgan", "--arch", "conv", "--ema", 0)
         for arch in ("mlp", "conv"):
             check("wgan", "--arch", arch, "--lipschitz", "clip")
@@ -161,7 +179,6 @@ class CommandLine(TemporaryFolder):
         for i in range(40):
             path = self.tmp / "pictures" / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((20, 16), 50).convert("RGB").save(path)
             Image.merge("RGB", [Image.effect_noise((20, 16), 50) for _ in "rgb"]).save(path)
         out = self.tmp / "out"
         call("vaegan", "--data", self.tmp / "pictures", "--dry-run", "--batch-size", 4, "--out", out)
@@ -181,16 +198,23 @@ class CommandLine(TemporaryFolder):
         self.assertEqual(len(shared), 1, "the shared flags read differently")
 
     def test_documented_commands(self):
-        """The commands of README and docstrings are parsed, so that they cannot drift."""
+        """The commands of README and docstrings are parsed, and README's flags are those of --help."""
         text = (HERE / "README.md").read_text() + "".join(
             importlib.import_module(s).__doc__ for s in SCRIPTS
         )
         commands = re.findall(r"(?:python|uv run) (\w+)\.py([^`\n]*)", text)
         self.assertGreater(len(commands), 2 * len(SCRIPTS))
         for script, flags in commands:
+            self.assertIn(script, [*SCRIPTS, "test_smoke"])
             if script in SCRIPTS and "--generate" not in flags:
                 with self.subTest(f"{script} {flags}"):
                     load(script, *flags.replace("FOLDER", str(self.tmp)).split(), "--out", self.tmp)
+        table = re.search(r"## Flags(.*?)\n## ", text, re.DOTALL)[1]
+        for script in SCRIPTS:
+            with contextlib.redirect_stdout(io.StringIO()) as output, self.assertRaises(SystemExit):
+                load(script, "--help")
+            for flag in re.findall(r"--[a-z-]+", table):
+                self.assertIn(flag, output.getvalue(), script)
 
     def test_checkpoint_brings_its_own_flags(self):
         """--generate needs no flags again; those that contradict the checkpoint get one line."""
@@ -491,22 +515,28 @@ class Maths(unittest.TestCase):
         torch.testing.assert_close(common.kl_divergence(mu, logvar), kl)
 
     def test_reconstruction_loss_is_a_log_likelihood(self):
+        import cvae
         import vae
 
         x, logits = torch.rand(3, 1, 4, 4).round(), torch.randn(3, 1, 4, 4)
         p = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
-        torch.testing.assert_close(vae.reconstruction_loss(logits, x, "bce"), -p)
+        for script in (vae, cvae):
+            torch.testing.assert_close(script.reconstruction_loss(logits, x, "bce"), -p)
+        normal = torch.distributions.Normal(logits.sigmoid(), math.sqrt(0.5))
+        p = normal.log_prob(x).flatten(1).sum(1)
+        for script in (vae, cvae):
+            torch.testing.assert_close(script.reconstruction_loss(logits, x, "mse"), -p)
 
     def test_nll_is_at_most_the_elbo(self):
-        """With one sample they agree on average, with more the estimate falls; exact where q(z|x) is."""
-        for script in {"vae", "cvae"} & set(SCRIPTS):
+        """With one sample they agree on average, with more the estimate falls."""
+        for script in ("vae", "cvae"):
             with tempfile.TemporaryDirectory() as out:
                 numbers = []
                 for k in (1, 50):
                     call(script, "--dry-run", "--binarize", "--nll", k, "--out", out)
                     with open(Path(out) / f"{script}.csv", newline="") as file:
                         *_, row = csv.DictReader(file)
-                    numbers.append((float(row["test_elbo"]), float(row["test_nll"])))
+                    numbers.append((float(row["test_neg_elbo"]), float(row["test_nll"])))
                 (elbo, one), (_, fifty) = numbers
                 self.assertAlmostEqual(one / elbo, 1, delta=0.02)
                 self.assertLess(fifty, one)
@@ -531,55 +561,78 @@ class Maths(unittest.TestCase):
             torch.manual_seed(1)
             self.assertTrue(torch.equal(decoder.sample(z), windows))
 
+    def check_updates(self, networks, gradients, step):
+        """`step` with plain gradient descent moves each network by its gradient, to the letter."""
+        before, lr = [values(n) for n in networks], 1e-2
+        step([torch.optim.SGD(n.parameters(), lr) for n in networks])
+        for network, start, gradient in zip(networks, before, gradients):
+            self.assertGreater(gradient.abs().max(), 1e-3)
+            change = (start - values(network)) / lr
+            torch.testing.assert_close(change, gradient, rtol=1e-2, atol=1e-4 * gradient.abs().max())
+
     def test_vaegan_updates(self):
-        """Each update changes its own network alone; the encoder has no adversarial gradient."""
-        vaegan, args = load("vaegan", "--out", tempfile.gettempdir())
-        x = common.draw_digits(8, 1)[0].float() / 255
+        """Each network follows the gradient of its own loss, written out here, and no other's."""
+        vaegan, args = load("vaegan", "--gamma", 0.1, "--out", tempfile.gettempdir())
+        shape, x = (1, 28, 28), common.draw_digits(8, 1)[0].float() / 255
+        e = common.conv_encoder(shape, 4, 2 * args.latent_dim)
+        g, d = common.conv_decoder(shape, 4, args.latent_dim), common.conv_discriminator(shape, 4)
+        networks = copy.deepcopy((e, g, d))
+        mu, logvar = e(x).chunk(2, 1)
+        q = torch.distributions.Normal(mu, (logvar / 2).exp())
+        torch.manual_seed(1)
+        z = q.loc + q.scale * torch.randn_like(mu)
+        x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
+        loss_d = bce(d(x), 1) + bce(d(x_recon.detach()), 0) + bce(d(x_fake.detach()), 0)
+        gradient_d = descend(d, loss_d)
+        loss_kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() / 8
+        loss_features = (d.features(x).detach() - d.features(x_recon)).square().sum() / 2 / 8
+        gradient_e = flat_gradient(args.beta * loss_kl + loss_features, e)
+        gradient_g = flat_gradient(0.1 * loss_features + bce(d(x_recon), 1) + bce(d(x_fake), 1), g)
 
-        def step(lr_e, lr_g, lr_d, adversarial=vaegan.adversarial_loss):
+        def step(optimizers):
             torch.manual_seed(1)
-            shape = (1, 28, 28)
-            networks = [
-                common.conv_encoder(shape, 4, 2 * args.latent_dim),
-                common.conv_decoder(shape, 4, args.latent_dim),
-                common.conv_discriminator(shape, 4),
-            ]
-            before = [values(network) for network in networks]
-            optimizers = [
-                torch.optim.SGD(n.parameters(), lr) for n, lr in zip(networks, (lr_e, lr_g, lr_d))
-            ]
-            with mock.patch.object(vaegan, "adversarial_loss", adversarial):
-                vaegan.train_step(x, args, *networks, *optimizers)
-            return [values(n) - b for n, b in zip(networks, before)]
+            vaegan.train_step(x, args, *networks, *optimizers)
 
-        for which in range(3):
-            changes = step(*(1e-3 * (i == which) for i in range(3)))
-            self.assertEqual([bool(c.any()) for c in changes], [i == which for i in range(3)])
-        usual, without = step(1e-3, 0, 0), step(1e-3, 0, 0, lambda a, b: 0 * a.mean())
-        self.assertTrue(torch.equal(usual[0], without[0]))
+        self.check_updates(networks, [gradient_e, gradient_g, gradient_d], step)
 
     def test_gan_updates(self):
-        """A step of one network leaves the other as it was; the discriminator's lowers its loss."""
-        x, labels = common.draw_digits(16, 1)
+        """As for vaegan.py, by the losses of each of the GANs."""
+
+        def usual_d(real, fake):
+            return bce(real, 1) + bce(fake, 0)
+
+        def usual_g(fake):
+            return bce(fake, 1)
+
+        cases = [
+            ("gan", ["--loss", "nonsaturating"], usual_d, usual_g),
+            ("gan", ["--loss", "minimax"], usual_d, lambda fake: -bce(fake, 0)),
+            ("cgan", [], usual_d, usual_g),
+            ("dcgan", [], usual_d, usual_g),
+            ("wgan", ["--lipschitz", "clip", "--clip", 9, "--n-critic", 1],
+             lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
+        ]  # fmt: skip
+        x, labels = common.draw_digits(8, 1)
         x, y = x.float() / 255, torch.nn.functional.one_hot(labels, 10).float()
-        for script in {"gan", "cgan", "dcgan", "wgan"} & set(SCRIPTS):
-            module, args = load(script, "--batch-size", 8, "--out", tempfile.gettempdir())
-            for lr_g, lr_d in ((1e-3, 0), (0, 1e-3)):
-                generator = common.conv_decoder(
-                    (1, 28, 28), 4, args.latent_dim + 10 * (script == "cgan")
-                )
-                discriminator = common.conv_discriminator((1 + 10 * (script == "cgan"), 28, 28), 4)
-                if script == "cgan":
-                    generator, discriminator = map(common.Conditional, (generator, discriminator))
-                before = values(generator), values(discriminator)
-                opts = [
-                    torch.optim.SGD(n.parameters(), lr)
-                    for n, lr in ((generator, lr_g), (discriminator, lr_d))
-                ]
-                batch = (x, y) if script == "cgan" else (x,)
-                module.train_step(*batch, args, generator, discriminator, *opts)
-                self.assertEqual(torch.equal(values(generator), before[0]), lr_g == 0, script)
-                self.assertEqual(torch.equal(values(discriminator), before[1]), lr_d == 0, script)
+        for script, flags, loss_d, loss_g in cases:
+            with self.subTest(script, flags=flags):
+                module, args = load(script, *flags, "--batch-size", 8, "--out", tempfile.gettempdir())
+                given, more = ([y], 10) if script == "cgan" else ([], 0)
+                g = common.conv_decoder((1, 28, 28), 4, args.latent_dim + more)
+                d = common.conv_discriminator((1 + more, 28, 28), 4)
+                if given:
+                    g, d = common.Conditional(g), common.Conditional(d)
+                networks = copy.deepcopy((g, d))
+                torch.manual_seed(1)
+                x_fake = g(torch.randn(8, args.latent_dim), *given).sigmoid()
+                gradient_d = descend(d, loss_d(d(x, *given), d(x_fake.detach(), *given)))
+                gradient_g = flat_gradient(loss_g(d(x_fake, *given)), g)
+
+                def step(optimizers):
+                    torch.manual_seed(1)
+                    module.train_step(x, *given, args, *networks, *optimizers)
+
+                self.check_updates(networks, [gradient_g, gradient_d], step)
 
     def test_wgan(self):
         """Signs, the clipping box, the penalty of a linear critic, no batch norm in a critic."""
@@ -593,6 +646,8 @@ class Maths(unittest.TestCase):
         slope = 2 * critic.top[0].weight.norm()  # the critic's input is 2 x - 1
         penalty = wgan.gradient_penalty(critic, x, torch.rand_like(x))
         self.assertAlmostEqual(penalty.item(), ((slope - 1) ** 2).item(), places=4)
+        penalty.backward()
+        self.assertTrue(critic.top[0].weight.grad.any())
         for network in (critic, common.conv_discriminator((1, 28, 28), 4)):
             self.assertFalse([m for m in network.modules() if "BatchNorm" in type(m).__name__])
             generator = common.mlp_decoder((1, 28, 28), [8], args.latent_dim)
@@ -603,7 +658,7 @@ class Maths(unittest.TestCase):
 
     def test_labels_matter(self):
         """They change what a conditional model draws, and the last of them is drawn too."""
-        for script in {"cgan", "cvae"} & set(SCRIPTS):
+        for script in CONDITIONAL:
             with tempfile.TemporaryDirectory() as out:
                 call(script, "--dry-run", "--out", out)
                 with Image.open(Path(out) / f"{script}_samples.png") as image:
@@ -637,12 +692,17 @@ class Maths(unittest.TestCase):
                 self.assertTrue(torch.equal(value, before[key]), key)
 
     def test_networks_at_every_size(self):
+        import dcgan
+
         for size in (8, 12, 20, 28, 32, 36, 64):
             shape = (3, size, size)
             x = common.conv_decoder(shape, 2, 5)(torch.randn(2, 5))
             self.assertEqual(x.shape, (2, *shape))
             self.assertEqual(common.conv_encoder(shape, 2, 6)(x).shape, (2, 6))
             self.assertEqual(common.conv_discriminator(shape, 2)(x).shape, (2,))
+            x = dcgan.Generator(shape, 2, 5)(torch.randn(2, 5))
+            self.assertEqual(x.shape, (2, *shape))
+            self.assertEqual(dcgan.Discriminator(shape, 2)(x).shape, (2,))
 
     def test_scores(self):
         """Real images score well, collapsed ones do not, and the classifier is trained once."""

@@ -33,7 +33,7 @@ Differences from the paper:
 Files: vae.csv, vae_samples.png, vae_progress.png, vae_reconstructions.png, vae_interpolation.png,
 vae_traversal.png (--latent-dim 2: vae_manifold.png and vae_latent.png instead), vae.pt. Columns of the
 CSV: epoch, step, seconds (of training), then in nats, as means over the rows' intervals, loss,
-loss_recon, loss_kl and on an epoch's last row the test set's test_elbo (-ELBO, with beta = 1),
+loss_recon, loss_kl and on an epoch's last row the test set's test_neg_elbo (-ELBO, with beta = 1),
 test_recon, test_kl; on the last row of all, with --nll, test_nll.
 """
 
@@ -45,8 +45,7 @@ from torch import nn
 
 from common import (
     Run, conv_decoder, conv_encoder, fail, interpolate, kl_divergence, load_data, make_optimizer,
-    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, show,
-    traverse,
+    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, show, traverse,
 )  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def evaluate(data, args, encoder, decoder):
         terms += torch.stack(elbo_terms(x, args, encoder, decoder)).sum(1)
     encoder.train(), decoder.train()
     recon, kl = (terms / len(data.x_test)).tolist()
-    return {"test_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+    return {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
 
 
 @torch.no_grad()

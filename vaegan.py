@@ -22,11 +22,13 @@ per image and averaged over the batch:
 
 Differences from the paper:
 - small networks, 6 latent dimensions and batches of 16 for 28 x 28 digits (the paper: 64 x 64 faces, 128
-  dimensions, batches of 64); no batch norm in the discriminator;
+  dimensions, batches of 64); no batch norm in the discriminator, whose input is centred and whose
+  initialisation is He's; its features are taken before the activation;
 - beta (the paper: 1): the features' scale is arbitrary, and with it the balance between the two losses
   of the encoder; beta is the variance of the Gaussian around f(x_recon);
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
 - the discriminator steps first and the others answer the new one (the paper: all from one pass);
+  reconstructions and samples share a batch, and with it the decoder's batch norm;
 - Adam at 2e-3 (RMSprop at 3e-4);
 - the pictures come from an exponential moving average of the weights (--ema).
 
@@ -84,8 +86,8 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """One update of each network on x (B, C, H, W); returns detached scalars for the CSV."""
     mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
     z = reparameterize(mu, logvar)
-    x_recon = decoder(z).sigmoid()
-    x_fake = decoder(torch.randn_like(z)).sigmoid()
+    # One batch, and so one batch norm statistic for both, as there is in eval mode
+    x_recon, x_fake = decoder(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
 
     # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
     d_real, d_recon, d_fake = discriminator(torch.cat([x, x_recon, x_fake]).detach()).chunk(3)

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from common import (
     Conditional, Run, average, conv_decoder, conv_discriminator, load_data, make_optimizer, mlp_decoder,
-    mlp_discriminator, number, one_hot, parse, shared_flags, update_average, walks,
+    mlp_discriminator, number, one_hot, parse, predict, shared_flags, update_average, walks,
 )  # fmt: skip
 
 
@@ -97,14 +97,9 @@ def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-@torch.no_grad()
 def sample(generator, z, y):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes), in eval mode."""
-    was_training = generator.training
-    generator.eval()
-    x = torch.cat([generator(*part).sigmoid() for part in zip(z.split(500), y.split(500))])
-    generator.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
+    return predict(generator, z, y).sigmoid()
 
 
 def main(args):

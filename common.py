@@ -626,6 +626,16 @@ def update_average(averaged, network, decay):
         a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
 
 
+@torch.no_grad()
+def predict(network, *inputs):
+    """network(*inputs) in parts of 500 rows and in eval mode, with the batch statistics of training."""
+    was_training = network.training
+    network.eval()
+    output = torch.cat([network(*part) for part in zip(*(rows.split(500) for rows in inputs))])
+    network.train(was_training)
+    return output
+
+
 def reparameterize(mu, logvar):
     """z ~ N(mu, sigma^2), differentiable in both; all (B, latent_dim)."""
     return mu + (logvar / 2).exp() * torch.randn_like(mu)

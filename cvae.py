@@ -41,7 +41,7 @@ from torch import nn
 
 from common import (
     Conditional, Run, conv_decoder, conv_encoder, kl_divergence, load_data, make_optimizer, mlp_decoder,
-    mlp_encoder, number, one_hot, parse, reparameterize, shared_flags, traverse, walks,
+    mlp_encoder, number, one_hot, parse, predict, reparameterize, shared_flags, traverse, walks,
 )  # fmt: skip
 
 
@@ -89,65 +89,46 @@ def train_step(x, y, args, encoder, decoder, opt):
     return {"loss": loss.detach(), "loss_recon": loss_recon.detach(), "loss_kl": loss_kl.detach()}
 
 
+def nll_terms(x, y, args, encoder, decoder):
+    """-log p(x|y), estimated from args.nll importance samples of each z: (B,).
+
+    -log 1/K sum_k p(x|z_k, y) p(z_k) / q(z_k|x, y), z_k ~ q(z|x, y): Burda et al. 2016, arXiv
+    1509.00519. At K = 1 it is -ELBO on average; it falls with K towards the truth.
+    """
+    mu, logvar = encoder(x, y).chunk(2, 1)
+    log_w = []  # log p(x|z, y) + log p(z) - log q(z|x, y), (B,) each
+    for _ in range(args.nll):
+        epsilon = torch.randn_like(mu)
+        z = mu + (logvar / 2).exp() * epsilon
+        log_p = -reconstruction_loss(decoder(z, y), x, args.recon)
+        log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
+    return (math.log(args.nll) - torch.stack(log_w).logsumexp(0),)
+
+
 @torch.no_grad()
-def evaluate(data, args, encoder, decoder):
-    """-ELBO of the test set and its terms, in nats per image.
+def evaluate(terms, data, args, encoder, decoder):
+    """Means of elbo_terms() or nll_terms() over the test set, in nats per image.
 
     With --binarize the binary test images are the same for every run; the noise depends on --seed.
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    terms = torch.zeros(2, device=args.device)
+    parts = []
     for x, labels in data.test_batches(args.binarize):
         y = one_hot(labels, len(data.classes))
-        terms += torch.stack(elbo_terms(x, y, args, encoder, decoder)).sum(1)
+        parts.append(torch.stack(terms(x, y, args, encoder, decoder)))
     encoder.train(), decoder.train()
-    recon, kl = (terms / len(data.x_test)).tolist()
-    return {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+    return torch.cat(parts, 1).mean(1).tolist()
 
 
-@torch.no_grad()
-def estimate_nll(data, args, encoder, decoder):
-    """-log p(x|y) of the test set in nats per image, from args.nll importance samples of each z.
-
-    -log 1/K sum_k p(x|z_k, y) p(z_k) / q(z_k|x, y), z_k ~ q(z|x, y): Burda et al. 2016, arXiv
-    1509.00519. At K = 1 it is -ELBO on average; it falls with K towards the truth.
-    """
-    encoder.eval(), decoder.eval()
-    torch.manual_seed(args.seed)
-    total = 0
-    for x, labels in data.test_batches(args.binarize):
-        y = one_hot(labels, len(data.classes))
-        mu, logvar = encoder(x, y).chunk(2, 1)
-        log_w = []  # log p(x|z, y) + log p(z) - log q(z|x, y), (B,) each
-        for _ in range(args.nll):
-            epsilon = torch.randn_like(mu)
-            z = mu + (logvar / 2).exp() * epsilon
-            log_p = -reconstruction_loss(decoder(z, y), x, args.recon)
-            log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
-        total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
-    encoder.train(), decoder.train()
-    return {"test_nll": (total / len(data.x_test)).item()}
-
-
-@torch.no_grad()
 def sample(decoder, z, y):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes), in eval mode."""
-    was_training = decoder.training
-    decoder.eval()
-    x = torch.cat([decoder(*part).sigmoid() for part in zip(z.split(500), y.split(500))])
-    decoder.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
+    return predict(decoder, z, y).sigmoid()
 
 
-@torch.no_grad()
 def encode(encoder, x, y):
     """The means of q(z|x, y), (N, latent_dim)."""
-    was_training = encoder.training
-    encoder.eval()
-    mu, _ = encoder(x, y).chunk(2, 1)
-    encoder.train(was_training)
-    return mu
+    return predict(encoder, x, y).chunk(2, 1)[0]
 
 
 def main(args):
@@ -192,9 +173,12 @@ def main(args):
         run.save_grid("interpolation", sample(decoder, *walks(z_fixed, y_every)), 6)
         z = traverse(mu[0], mu)
         run.save_grid("traversal", sample(decoder, z, y_fixed[:1].expand(len(z), -1)), 10)
-        run.end_epoch(x_fake[:100:11], draw, evaluate(data, args, encoder, decoder))
+        recon, kl = evaluate(elbo_terms, data, args, encoder, decoder)
+        test = {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+        run.end_epoch(x_fake[:100:11], draw, test)
     if args.nll:
-        run.add_to_last_row(estimate_nll(data, args, encoder, decoder))
+        (nll,) = evaluate(nll_terms, data, args, encoder, decoder)
+        run.add_to_last_row({"test_nll": nll})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    Run, average, interpolate, load_data, make_optimizer, number, parse, shared_flags, update_average,
+    Run, average, interpolate, load_data, make_optimizer, number, parse, predict, shared_flags,
+    update_average,
 )  # fmt: skip
 
 
@@ -142,14 +143,9 @@ def train_step(x, args, generator, discriminator, opt_g, opt_d):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-@torch.no_grad()
 def sample(generator, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
-    was_training = generator.training
-    generator.eval()
-    x = torch.cat([generator(part).sigmoid() for part in z.split(500)])
-    generator.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    return predict(generator, z).sigmoid()
 
 
 def main(args):

@@ -97,6 +97,17 @@ class TemporaryFolder(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.tmp = Path(folder.name)
 
+    @contextlib.contextmanager
+    def fails(self, message, status=2):
+        """What is inside ends with one line on stderr, which has the message, and with the status."""
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+            yield
+        self.assertEqual(
+            (end.exception.code, error.getvalue().count("\n")), (status, 1), error.getvalue()
+        )
+        self.assertIn(message, error.getvalue())
+
 
 class CommandLine(TemporaryFolder):
     def check_files(self, script, out, pictures=None):
@@ -224,20 +235,15 @@ class CommandLine(TemporaryFolder):
         call("vae", "--dry-run", "--arch", "conv", "--width", 4, "--latent-dim", 3, "--out", out)
         self.assertIn("Wrote 2 samples", call("vae", "--generate", 2, "--out", out))
         for flags in (["--width", 8], ["--arch", "mlp"]):
-            error = io.StringIO()
-            with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+            with self.fails("other networks"):
                 call("vae", "--generate", 2, "--out", out, *flags)
-            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
         whole = (out / "vae.pt").read_bytes()
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 255
         for content in (whole[:5000], flipped):
             (out / "vae.pt").write_bytes(content)
-            error = io.StringIO()
-            with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+            with self.fails("not a whole checkpoint"):
                 call("vae", "--generate", 2, "--out", out)
-            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
-            self.assertIn("not a whole checkpoint", error.getvalue())
 
     def test_bad_input(self):
         """One line and status 2, before any training."""
@@ -281,15 +287,9 @@ class CommandLine(TemporaryFolder):
         if not torch.cuda.is_available():
             cases["--device", "cuda"] = "--device cuda cannot be used"
         for flags, message in cases.items():
-            with self.subTest(flags=flags):
-                error, flags = io.StringIO(), ["vaegan.py", "--out", self.tmp, *flags]
-                with mock.patch.object(sys, "argv", [str(flag) for flag in flags]):
-                    with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
-                        module = importlib.import_module("vaegan")
-                        common.load_data(module.parse_args())
-                self.assertEqual(end.exception.code, 2)
-                self.assertIn(message, error.getvalue())
-                self.assertEqual(error.getvalue().count("\n"), 1, error.getvalue())
+            with self.subTest(flags=flags), self.fails(message):
+                _, args = load("vaegan", "--out", self.tmp, *flags)
+                common.load_data(args)
 
     def tiny_run(self, script, out, *flags):
         """Three epochs on 30 small pictures of two classes; the files' contents, without the seconds."""
@@ -298,9 +298,7 @@ class CommandLine(TemporaryFolder):
             path = pictures / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.effect_noise((8, 8), 50).save(path)
-        with contextlib.redirect_stdout(io.StringIO()):
-            module, args = load(script, "--data", pictures, "--out", out, *flags)
-            module.main(args)
+        call(script, "--data", pictures, "--out", out, *flags)
         contents = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".pt"}
         rows = contents[f"{script}.csv"].decode().splitlines()
         contents[f"{script}.csv"] = [row.split(",")[:2] + row.split(",")[3:] for row in rows]
@@ -351,11 +349,8 @@ class CommandLine(TemporaryFolder):
             (["--arch", "conv"], "contradicts"),
             (["--data", "synthetic"], "other data"),
         ):
-            error = io.StringIO()
-            with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+            with self.fails(message):
                 self.tiny_run("vae", self.tmp / "out", "--resume", *flags)
-            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (2, 1))
-            self.assertIn(message, error.getvalue())
 
     def test_signals(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -383,20 +378,20 @@ class CommandLine(TemporaryFolder):
                 shutil.rmtree(out)
             return step(*rest)
 
-        for broken, message in ((nan, "loss_kl is nan at step 20"), (vanish, "cannot be written")):
-            nan.steps, error = 0, io.StringIO()
+        diverged = "loss_kl is nan at step 20: training diverged, a smaller --lr may help; "
+        for broken, message in (
+            (nan, f"{diverged}{out / 'vae.pt'} holds epoch 1"),
+            (vanish, "cannot be written"),
+        ):
+            nan.steps = 0
 
             def counted(*rest):
                 nan.steps += 1
                 return broken(*rest)
 
-            with mock.patch("vae.train_step", counted), contextlib.redirect_stderr(error):
-                with self.assertRaises(SystemExit) as end:
-                    self.tiny_run("vae", out, *TINY)
-            self.assertEqual((end.exception.code, error.getvalue().count("\n")), (1, 1))
-            self.assertIn(message, error.getvalue())
+            with mock.patch("vae.train_step", counted), self.fails(message, status=1):
+                self.tiny_run("vae", out, *TINY)
             if broken is nan:
-                self.assertIn("vae.pt holds epoch 1", error.getvalue())
                 self.assertNotIn("nan", (out / "vae.csv").read_text())
 
     def test_source(self):

@@ -45,7 +45,8 @@ from torch import nn
 
 from common import (
     Run, conv_decoder, conv_encoder, fail, interpolate, kl_divergence, load_data, make_optimizer,
-    mlp_decoder, mlp_encoder, number, parse, reparameterize, save_png, shared_flags, show, traverse,
+    mlp_decoder, mlp_encoder, number, parse, predict, reparameterize, save_png, shared_flags, show,
+    traverse,
 )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ class PixelCNN(nn.Module):
     """The decoder of a PixelVAE: z (B, latent_dim) and x (B, 1, H, W) -> logits (B, 1, H, W).
 
     Each pixel's logit depends on z and on the pixels of x before it: above, and left in its row.
+    Without x it draws binary images.
     """
 
     def __init__(self, shape, width, latent_dim, norm, layers=5):
@@ -109,8 +111,8 @@ class PixelCNN(nn.Module):
             h = h + layer(h.relu())
         return self.last(h.relu())
 
-    def forward(self, z, x):
-        return self.logits(x, self.context(z))
+    def forward(self, z, x=None):
+        return self.sample(z) if x is None else self.logits(x, self.context(z))
 
     def sample(self, z):
         """Binary images (B, 1, H, W), drawn pixel by pixel."""
@@ -158,64 +160,45 @@ def train_step(x, beta, args, encoder, decoder, opt):
     return {"loss": loss.detach(), "loss_recon": loss_recon.detach(), "loss_kl": loss_kl.detach()}
 
 
+def nll_terms(x, args, encoder, decoder):
+    """-log p(x), estimated from args.nll importance samples of each z: (B,).
+
+    -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): Burda et al. 2016, arXiv 1509.00519. At
+    K = 1 it is -ELBO on average; it falls with K towards the truth.
+    """
+    mu, logvar = encoder(x).chunk(2, 1)
+    log_w = []  # log p(x|z) + log p(z) - log q(z|x), (B,) each
+    for _ in range(args.nll):
+        epsilon = torch.randn_like(mu)
+        z = mu + (logvar / 2).exp() * epsilon
+        log_p = -reconstruction_loss(decode(decoder, z, x), x, args.recon)
+        log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
+    return (math.log(args.nll) - torch.stack(log_w).logsumexp(0),)
+
+
 @torch.no_grad()
-def evaluate(data, args, encoder, decoder):
-    """-ELBO of the test set and its terms, in nats per image.
+def evaluate(terms, data, args, encoder, decoder):
+    """Means of elbo_terms() or nll_terms() over the test set, in nats per image.
 
     With --binarize the binary test images are the same for every run; the noise depends on --seed.
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
-    terms = torch.zeros(2, device=args.device)
-    for x, _ in data.test_batches(args.binarize):
-        terms += torch.stack(elbo_terms(x, args, encoder, decoder)).sum(1)
+    batches = data.test_batches(args.binarize)
+    parts = [torch.stack(terms(x, args, encoder, decoder)) for x, _ in batches]
     encoder.train(), decoder.train()
-    recon, kl = (terms / len(data.x_test)).tolist()
-    return {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+    return torch.cat(parts, 1).mean(1).tolist()
 
 
-@torch.no_grad()
-def estimate_nll(data, args, encoder, decoder):
-    """-log p(x) of the test set in nats per image, from args.nll importance samples of each z.
-
-    -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): Burda et al. 2016, arXiv 1509.00519. At
-    K = 1 it is -ELBO on average; it falls with K towards the truth.
-    """
-    encoder.eval(), decoder.eval()
-    torch.manual_seed(args.seed)
-    total = 0
-    for x, _ in data.test_batches(args.binarize):
-        mu, logvar = encoder(x).chunk(2, 1)
-        log_w = []  # log p(x|z) + log p(z) - log q(z|x), (B,) each
-        for _ in range(args.nll):
-            epsilon = torch.randn_like(mu)
-            z = mu + (logvar / 2).exp() * epsilon
-            log_p = -reconstruction_loss(decode(decoder, z, x), x, args.recon)
-            log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
-        total += (math.log(args.nll) - torch.stack(log_w).logsumexp(0)).sum()
-    encoder.train(), decoder.train()
-    return {"test_nll": (total / len(data.x_test)).item()}
-
-
-@torch.no_grad()
 def sample(decoder, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
-    was_training = decoder.training
-    decoder.eval()
-    draw = decoder.sample if isinstance(decoder, PixelCNN) else lambda z: decoder(z).sigmoid()
-    x = torch.cat([draw(part) for part in z.split(500)])
-    decoder.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim); a PixelCNN draws binary ones."""
+    x = predict(decoder, z)
+    return x if isinstance(decoder, PixelCNN) else x.sigmoid()
 
 
-@torch.no_grad()
 def encode(encoder, x):
     """The means of q(z|x), (N, latent_dim)."""
-    was_training = encoder.training
-    encoder.eval()
-    mu, _ = encoder(x).chunk(2, 1)
-    encoder.train(was_training)
-    return mu
+    return predict(encoder, x).chunk(2, 1)[0]
 
 
 def plane(n, device):
@@ -284,9 +267,12 @@ def main(args):
             save_png(run.path("_latent.png"), scatter(codes, data.y_test, len(data.classes)))
         else:
             run.save_grid("traversal", sample(decoder, traverse(mu[0], mu)), 10)
-        run.end_epoch(x_fake, draw, evaluate(data, args, encoder, decoder))
+        recon, kl = evaluate(elbo_terms, data, args, encoder, decoder)
+        test = {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+        run.end_epoch(x_fake, draw, test)
     if args.nll:
-        run.add_to_last_row(estimate_nll(data, args, encoder, decoder))
+        (nll,) = evaluate(nll_terms, data, args, encoder, decoder)
+        run.add_to_last_row({"test_nll": nll})
 
 
 if __name__ == "__main__":

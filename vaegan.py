@@ -47,7 +47,7 @@ import torch.nn.functional as F
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
-    make_optimizer, number, parse, reparameterize, shared_flags, traverse, update_average,
+    make_optimizer, number, parse, predict, reparameterize, shared_flags, traverse, update_average,
 )  # fmt: skip
 
 
@@ -122,24 +122,14 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-@torch.no_grad()
 def sample(decoder, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
-    was_training = decoder.training
-    decoder.eval()
-    x = torch.cat([decoder(part).sigmoid() for part in z.split(500)])
-    decoder.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    return predict(decoder, z).sigmoid()
 
 
-@torch.no_grad()
 def encode(encoder, x):
     """The means of q(z|x), (N, latent_dim)."""
-    was_training = encoder.training
-    encoder.eval()
-    mu, _ = encoder(x).chunk(2, 1)
-    encoder.train(was_training)
-    return mu
+    return predict(encoder, x).chunk(2, 1)[0]
 
 
 def main(args):

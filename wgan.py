@@ -49,7 +49,7 @@ import torch
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
-    mlp_discriminator, number, parse, shared_flags, update_average,
+    mlp_discriminator, number, parse, predict, shared_flags, update_average,
 )  # fmt: skip
 
 
@@ -138,14 +138,9 @@ def train_step(x, args, generator, critic, opt_g, opt_d):
     return {**losses, "loss_g": loss_g.detach(), "grad_norm": slope}
 
 
-@torch.no_grad()
 def sample(generator, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim), with the batch statistics of training."""
-    was_training = generator.training
-    generator.eval()
-    x = torch.cat([generator(part).sigmoid() for part in z.split(500)])
-    generator.train(was_training)
-    return x
+    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    return predict(generator, z).sigmoid()
 
 
 def main(args):

@@ -119,8 +119,9 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
 def parse(parser, **brought):
     """Parse the command line, choose the device and the name of the files, check the folders.
 
-    `arch={"conv": {"lr": 1e-3}}`: the defaults that come with --arch conv. With --generate and
-    --resume, the flags that describe the run come from the checkpoint.
+    `arch={"conv": {"lr": 1e-3}}`: the defaults that come with --arch conv; of two flags that bring the
+    same, the later one decides. With --generate and --resume, the flags that describe the run come
+    from the checkpoint.
     """
     args = parser.parse_args()
     for flag, defaults in brought.items():
@@ -563,8 +564,8 @@ def mlp_discriminator(shape, hidden, dropout=0.0):
     return Discriminator(nn.Flatten(), mlp(sizes, False, lambda: nn.LeakyReLU(0.2), dropout))
 
 
-def conv_discriminator(shape, width):
-    """A Discriminator of strided convolutions.
+def conv_discriminator(shape, width, hidden=()):
+    """A Discriminator of strided convolutions, then linear layers of `hidden` sizes.
 
     Its features are the bare output of the last convolution but one: (B, C', H', W').
     """
@@ -572,7 +573,7 @@ def conv_discriminator(shape, width):
     top = nn.Sequential(
         nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
         nn.LeakyReLU(0.2, inplace=True), nn.Flatten(),
-        nn.Linear(2 * c * -(-h // 2) * -(-w // 2), 1),
+        mlp([2 * c * -(-h // 2) * -(-w // 2), *hidden, 1], False, lambda: nn.LeakyReLU(0.2)),
     )  # fmt: skip
     return Discriminator(convs[:-1], top)  # without the last activation
 

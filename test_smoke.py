@@ -632,7 +632,7 @@ class Maths(unittest.TestCase):
                 self.check_updates(networks, [gradient_g, gradient_d], step)
 
     def test_wgan(self):
-        """Signs, the clipping box, the penalty of a linear critic, no batch norm in a critic."""
+        """Signs, the clipping box, the penalty of a linear critic, no batch norm, defaults."""
         wgan, args = load("wgan", "--lipschitz", "clip", "--clip", 0.02, "--out", tempfile.gettempdir())
         high, low = torch.ones(4), torch.zeros(4)
         self.assertEqual(
@@ -645,13 +645,16 @@ class Maths(unittest.TestCase):
         self.assertAlmostEqual(penalty.item(), ((slope - 1) ** 2).item(), places=4)
         penalty.backward()
         self.assertTrue(critic.top[0].weight.grad.any())
-        for network in (critic, common.conv_discriminator((1, 28, 28), 4)):
+        for network in (critic, common.conv_discriminator((1, 28, 28), 4, hidden=[8])):
             self.assertFalse([m for m in network.modules() if "BatchNorm" in type(m).__name__])
             generator = common.mlp_decoder((1, 28, 28), [8], args.latent_dim)
             for _ in range(3):
                 optimizer = common.make_optimizer(args, network, 0.1)
                 wgan.critic_step(x, args, generator, network, optimizer)
                 self.assertLessEqual(values(network).abs().max().item(), args.clip)
+        self.assertEqual((args.lr_d, args.n_critic), (0.05, 3))
+        args = load("wgan", "--arch", "mlp", "--lipschitz", "clip", "--out", tempfile.gettempdir())[1]
+        self.assertEqual((args.opt, args.lr_d, args.n_critic, args.clip), ("rmsprop", 0.05, 1, 0.02))
 
     def test_labels_matter(self):
         """They change what a conditional model draws, and the last of them is drawn too."""

@@ -119,9 +119,8 @@ def shared_flags(script, doc, *, epochs, batch_size, opt, lr, latent_dim, width,
 def parse(parser, **brought):
     """Parse the command line, choose the device and the name of the files, check the folders.
 
-    `arch={"conv": {"lr": 1e-3}}`: the defaults that come with --arch conv; of two flags that bring the
-    same, the later one decides. With --generate and --resume, the flags that describe the run come
-    from the checkpoint.
+    `arch={"conv": {"lr": 1e-3}}`: the defaults that come with --arch conv. With --generate and
+    --resume, the flags that describe the run come from the checkpoint.
     """
     args = parser.parse_args()
     for flag, defaults in brought.items():

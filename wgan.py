@@ -23,9 +23,9 @@ Differences from the papers:
 - no batch norm in the critic (Arjovsky et al. have it), none in the penalty's either; He's
   initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
   vaegan.py with a hidden linear layer more, --arch mlp two hidden layers;
-- one critic step per generator step, for clipped convolutions three (the papers: five), by a critic that
-  learns more slowly than the generator, so that an epoch has many generator steps; --critic-warmup steps
-  ahead (Arjovsky et al.: 100 for each of the first 25 generator steps);
+- one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
+  than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et
+  al.: 100 for each of the first 25 generator steps);
 - gp: Adam at 2e-3 for the generator and 5e-4 for the critic (1e-4 for both), batches of 16 (64);
 - clip: weights in [-0.1, 0.1], with --arch mlp in [-0.02, 0.02] ([-0.01, 0.01], for networks that are
   wider and scaled by batch norm), RMSprop at 1e-3 for the generator and 5e-5 for the critic (5e-5 for
@@ -60,23 +60,26 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="conv",
-        help="kind of networks; mlp brings --n-critic 1 --clip 0.02")  # fmt: skip
+        help="kind of networks; mlp brings --clip 0.02")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")  # fmt: skip
     add("--lipschitz", choices=["clip", "gp"], default="gp",
         help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 "
-        "--lr-d 0.05 --n-critic 3) or a gradient penalty")  # fmt: skip
+        "--lr-d 0.05) or a gradient penalty")  # fmt: skip
     add("--clip", type=number(float, 0), default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=number(float, 0), default=10.0, help="gp: weight of the gradient penalty")
-    add("--n-critic", type=number(int, 1), default=1, help="critic steps per generator step")
+    add("--n-critic", type=number(int, 1),
+        help="critic steps per generator step; by default gp: 1 (mlp: 2), clip: 3 (mlp: 1)")  # fmt: skip
     add("--critic-warmup", type=number(int, 0), default=100,
         help="critic steps before the first epoch, at most a pass over the data")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.25, metavar="FACTOR",
         help="the critic's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.99,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05, "n_critic": 3}
-    args = parse(parser, lipschitz={"clip": clip}, arch={"mlp": {"n_critic": 1, "clip": 0.02}})
+    clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}
+    args = parse(parser, arch={"mlp": {"clip": 0.02}}, lipschitz={"clip": clip})
+    n_critic = {("gp", "conv"): 1, ("gp", "mlp"): 2, ("clip", "conv"): 3, ("clip", "mlp"): 1}
+    args.n_critic = args.n_critic or n_critic[args.lipschitz, args.arch]
     args.images_per_step = args.batch_size * args.n_critic
     return args
 

@@ -140,11 +140,8 @@ def parse(parser, **brought):
         kept = argparse.Namespace(name=args.name, checkpoint=args.checkpoint)
         args = parser.parse_args(namespace=kept)
         for flag, value in args.checkpoint["flags"].items():
-            if (
-                args.resume
-                and flag not in ("epochs", "data", "score", "nll")
-                and getattr(args, flag) != value
-            ):
+            free = args.generate or flag in ("epochs", "data", "score", "nll")
+            if not free and getattr(args, flag) != value:
                 fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts {path}: {value}")
     if args.data not in ("auto", "synthetic", *TORCHVISION):
         args.data = str(Path(args.data).resolve())

@@ -61,6 +61,16 @@ def load(script, *flags):
         return module, module.parse_args()
 
 
+def help_of(script):
+    """What the script's --help prints, without line breaks; its status must be 0."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        try:
+            load(script, "--help")
+        except SystemExit as end:
+            assert end.code == 0
+    return " ".join(output.getvalue().split())
+
+
 def call(script, *flags):
     """Run a script in this process, as its command line would; what it printed."""
     output = io.StringIO()
@@ -68,6 +78,11 @@ def call(script, *flags):
         module, args = load(script, "--data", "synthetic", *flags)
         module.main(args)
     return output.getvalue()
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def values(network):
@@ -125,12 +140,11 @@ class CommandLine(TemporaryFolder):
                         flags = torch.load(out / f"{script}.pt", weights_only=True)["flags"]
                         grid = (10, min(10, flags["latent_dim"]))
                     self.assertEqual(image.size, tuple(30 * side + 2 for side in grid), name)
-        with open(out / f"{script}.csv", newline="") as file:
-            header, *rows = csv.reader(file)
-        self.assertEqual(header, ["epoch", "step", "seconds", *COLUMNS[script].split()])
-        self.assertEqual([row[:2] for row in rows], [["1", "2"]])
-        self.assertTrue(all(math.isfinite(float(cell)) for row in rows for cell in row), rows)
-        return [row[3:] for row in rows]
+        (row,) = read_csv(out / f"{script}.csv")
+        self.assertEqual(list(row), ["epoch", "step", "seconds", *COLUMNS[script].split()])
+        self.assertEqual((row["epoch"], row["step"]), ("1", "2"))
+        self.assertTrue(all(math.isfinite(float(cell)) for cell in row.values()), row)
+        return list(row.values())[3:]
 
     def test_every_script(self):
         """By the real command line, from another folder; then again in this process: the same losses."""
@@ -176,14 +190,10 @@ class CommandLine(TemporaryFolder):
         results = []
         for flags in ([], ["--score", "--data-dir", self.tmp / "data"]):
             call("vae", "--dry-run", "--out", self.tmp / "out", *flags)
-            with open(self.tmp / "out" / "vae.csv", newline="") as file:
-                results.append(
-                    [row[name] for row in csv.DictReader(file) for name in COLUMNS["vae"].split()]
-                )
+            (row,) = read_csv(self.tmp / "out" / "vae.csv")
+            results.append([row[name] for name in COLUMNS["vae"].split()])
             results[-1] += [path.read_bytes() for path in sorted((self.tmp / "out").glob("*.png"))]
         self.assertEqual(*results)
-        with open(self.tmp / "out" / "vae.csv", newline="") as file:
-            (row,) = csv.DictReader(file)
         self.assertLessEqual({"fd", "classes", "class_kl", "precision", "recall"}, set(row))
         flags = ["--generate", 2, "--score", "--dry-run", "--data-dir", self.tmp / "data"]
         self.assertIn("fd ", call("vae", "--out", self.tmp / "out", *flags))
@@ -201,11 +211,7 @@ class CommandLine(TemporaryFolder):
     def test_help(self):
         shared = set()
         for script in SCRIPTS:
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output), self.assertRaises(SystemExit) as end:
-                load(script, "--help")
-            self.assertEqual(end.exception.code, 0)
-            text = " ".join(output.getvalue().split("options:")[1].split())
+            text = help_of(script).split("options:")[1]
             flags = [flag.split("(default")[0] for flag in text.split(" --")]
             shared.add(tuple(flags[: [flag[:7] for flag in flags].index("dry-run") + 1]))
         self.assertEqual(len(shared), 1, "the shared flags read differently")
@@ -224,10 +230,9 @@ class CommandLine(TemporaryFolder):
                     load(script, *flags.replace("FOLDER", str(self.tmp)).split(), "--out", self.tmp)
         table = re.search(r"## Flags(.*?)\n## ", text, re.DOTALL)[1]
         for script in SCRIPTS:
-            with contextlib.redirect_stdout(io.StringIO()) as output, self.assertRaises(SystemExit):
-                load(script, "--help")
+            text = help_of(script)
             for flag in re.findall(r"--[a-z][a-z-]*", table):
-                self.assertIn(flag, output.getvalue(), script)
+                self.assertIn(flag, text, script)
 
     def test_checkpoint_brings_its_own_flags(self):
         """--generate needs no flags again; those that contradict the checkpoint get one line."""
@@ -464,11 +469,8 @@ class Data(TemporaryFolder):
                     else:
                         self.assertRaises(SystemExit, common.load_data, args)
             self.assertEqual(output.getvalue().count("\n"), 1)
-            for part in (
-                "no network",
-                "t10k-labels-idx1-ubyte.gz",
-                str(self.tmp / data / "MNIST" / "raw"),
-            ):
+            raw = str(self.tmp / data / "MNIST" / "raw")
+            for part in ("no network", "t10k-labels-idx1-ubyte.gz", raw):
                 self.assertIn(part, output.getvalue())
 
     def test_packed_mnist_is_enough(self):
@@ -488,10 +490,11 @@ class Data(TemporaryFolder):
             path.unlink()
         last = raw / "t10k-labels-idx1-ubyte.gz"
         last.write_bytes(last.read_bytes()[:-20])
-        error = io.StringIO()
-        with contextlib.redirect_stdout(error), contextlib.redirect_stderr(error):
-            self.assertRaises(SystemExit, common.load_torchvision, "fashion-mnist", self.tmp)
-        self.assertIn("t10k-labels-idx1-ubyte.gz is damaged", error.getvalue())
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            self.fails("t10k-labels-idx1-ubyte.gz is damaged"),
+        ):
+            common.load_torchvision("fashion-mnist", self.tmp)
 
     def test_silent_server_is_given_up(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -531,8 +534,7 @@ class Maths(unittest.TestCase):
                 numbers = []
                 for k in (1, 50):
                     call(script, "--dry-run", "--binarize", "--nll", k, "--out", out)
-                    with open(Path(out) / f"{script}.csv", newline="") as file:
-                        *_, row = csv.DictReader(file)
+                    row = read_csv(Path(out) / f"{script}.csv")[-1]
                     numbers.append((float(row["test_neg_elbo"]), float(row["test_nll"])))
                 (elbo, one), (_, fifty) = numbers
                 self.assertAlmostEqual(one / elbo, 1, delta=0.02)
@@ -635,9 +637,7 @@ class Maths(unittest.TestCase):
         """Signs, the clipping box, the penalty of a linear critic, no batch norm, defaults."""
         wgan, args = load("wgan", "--lipschitz", "clip", "--clip", 0.02, "--out", tempfile.gettempdir())
         high, low = torch.ones(4), torch.zeros(4)
-        self.assertEqual(
-            wgan.critic_loss(high, low).item(), -1
-        )  # a critic that rates real images higher
+        self.assertEqual(wgan.critic_loss(high, low).item(), -1)  # it rates real images higher
         self.assertEqual(wgan.generator_loss(high).item(), -1)
         x, critic = torch.rand(8, 1, 28, 28), common.mlp_discriminator((1, 28, 28), [])
         slope = 2 * critic.top[0].weight.norm()  # the critic's input is 2 x - 1

@@ -42,6 +42,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Normal
 
 from common import (
     Run, conv_decoder, conv_encoder, fail, interpolate, kl_divergence, load_data, make_optimizer,
@@ -167,12 +168,12 @@ def nll_terms(x, args, encoder, decoder):
     K = 1 it is -ELBO on average; it falls with K towards the truth.
     """
     mu, logvar = encoder(x).chunk(2, 1)
+    p, q = Normal(0.0, 1.0), Normal(mu, (logvar / 2).exp())
     log_w = []  # log p(x|z) + log p(z) - log q(z|x), (B,) each
     for _ in range(args.nll):
-        epsilon = torch.randn_like(mu)
-        z = mu + (logvar / 2).exp() * epsilon
+        z = q.sample()
         log_p = -reconstruction_loss(decode(decoder, z, x), x, args.recon)
-        log_w.append(log_p + (epsilon.square() + logvar - z.square()).sum(1) / 2)
+        log_w.append(log_p + (p.log_prob(z) - q.log_prob(z)).sum(1))
     return (math.log(args.nll) - torch.stack(log_w).logsumexp(0),)
 
 

@@ -265,15 +265,12 @@ def load_data(args):
 TORCHVISION = {
     "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
 }  # fmt: skip
-IDX_BYTES = {  # of MNIST and Fashion-MNIST alike
-    "train-images-idx3-ubyte": 47_040_016, "train-labels-idx1-ubyte": 60_008,
-    "t10k-images-idx3-ubyte": 7_840_016, "t10k-labels-idx1-ubyte": 10_008,
-}  # fmt: skip
-
-MNIST_CRC32 = {
-    "train-images-idx3-ubyte": 3925137587, "train-labels-idx1-ubyte": 3771419346,
-    "t10k-images-idx3-ubyte": 2436316127, "t10k-labels-idx1-ubyte": 1253699577,
-}  # fmt: skip
+IDX_FILES = {  # bytes, of MNIST and Fashion-MNIST alike, and the checksum of MNIST's file
+    "train-images-idx3-ubyte": (47_040_016, 3925137587),
+    "train-labels-idx1-ubyte": (60_008, 3771419346),
+    "t10k-images-idx3-ubyte": (7_840_016, 2436316127),
+    "t10k-labels-idx1-ubyte": (10_008, 1253699577),
+}
 
 
 def load_torchvision(name, root):
@@ -282,10 +279,11 @@ def load_torchvision(name, root):
     folder = root / kind.__name__ / "raw" if name != "cifar10" else root
 
     def read():
-        for path in folder.glob("*-ubyte"):
-            if (size := path.stat().st_size) != (whole := IDX_BYTES.get(path.name, size)):
+        for path in [folder / file for file in IDX_FILES if (folder / file).exists()]:
+            (whole, checksum), size = IDX_FILES[path.name], path.stat().st_size
+            if size != whole:
                 fail(f"{path} is damaged: it has {size} bytes, not {whole}")
-            if name == "mnist" and zlib.crc32(path.read_bytes()) != MNIST_CRC32.get(path.name):
+            if name == "mnist" and zlib.crc32(path.read_bytes()) != checksum:
                 fail(f"{path} is damaged: it is not the file of MNIST")
         return kind(root, train=True), kind(root, train=False)
 

@@ -258,11 +258,11 @@ class CommandLine(TemporaryFolder):
             folder.mkdir(parents=True)
         for path in (mixed / "a.png", mixed / "class" / "b.png"):
             Image.new("L", (8, 8)).save(path)
-        for name in common.IDX_BYTES:
+        for name in common.IDX_FILES:
             (raw / name).write_bytes(b"\0" * 100)
         altered = self.tmp / "altered" / "MNIST" / "raw"
         altered.mkdir(parents=True)
-        for name, size in common.IDX_BYTES.items():
+        for name, (size, _) in common.IDX_FILES.items():
             (altered / name).write_bytes(b"\0" * size)
         (self.tmp / "vae.pt").write_bytes(b"no checkpoint")
         (self.tmp / "file").write_text("")
@@ -477,7 +477,7 @@ class Data(TemporaryFolder):
         """The .gz files alone, unpacked without a network; a truncated one is named."""
         raw = self.tmp / "FashionMNIST" / "raw"
         raw.mkdir(parents=True)
-        for name, size in common.IDX_BYTES.items():
+        for name, (size, _) in common.IDX_FILES.items():
             sides = [28, 28] if "images" in name else []
             n = (size - 8 - 4 * len(sides)) // math.prod(sides)
             header = struct.pack(f">HBB{1 + len(sides)}I", 0, 8, 1 + len(sides), n, *sides)

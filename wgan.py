@@ -20,8 +20,8 @@ between real and generated images shows their Wasserstein distance. Averaged ove
     generator      minimises  loss_g
 
 Differences from the papers:
-- no batch norm in the critic (Arjovsky et al. have it), none in the penalty's either; He's
-  initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
+- no normalisation in the critic (Arjovsky et al.: batch norm; Gulrajani et al. recommend layer norm);
+  He's initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
   vaegan.py with a hidden linear layer more, --arch mlp two hidden layers;
 - one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
   than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et

@@ -58,7 +58,7 @@ def parse_args():
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
     add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32}})
 
@@ -134,7 +134,7 @@ def main(args):
         for x, labels in data.batches(args.batch_size, args.translate):
             y = one_hot(labels, n_classes)
             losses = train_step(x, y, args, generator, discriminator, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema)
+            update_average(generator_ema, generator, args.ema, run.step)
             run.log(losses)
         x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), y_every.repeat_interleave(10, 0))
         run.save_grid("samples", x_fake, 10)  # a row per class, the same z down a column

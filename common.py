@@ -508,20 +508,23 @@ def conv_encoder(shape, width, out_dim, norm=True):
     return network.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
 
-def conv_decoder(shape, width, latent_dim, norm=True):
+def conv_decoder(shape, width, latent_dim, norm=True, deep=False):
     """(B, latent_dim) -> logits (B, C, H, W).
 
     Transposed convolutions double the sides, with twice the encoder's channels; one more at full size
-    draws the lines.
+    draws the lines. `deep`: another one before them, at the smallest size.
     """
     sides, channels = conv_plan(shape[1], width)
     channels = [2 * c for c in channels[::-1]] + [width]
-    layers = [nn.Linear(latent_dim, channels[0] * sides[-1] ** 2)]
-    layers += [nn.Unflatten(1, (channels[0], sides[-1], sides[-1]))]
-    for i, c in enumerate(channels):
-        layers += [nn.ConvTranspose2d(channels[i - 1], c, 4, stride=2, padding=1)] if i else []
-        layers += [nn.BatchNorm2d(c)] if norm else []
-        layers += [nn.ReLU(inplace=True)]
+    side, c = sides[-1], channels[0]
+
+    def activation(c):
+        return [nn.BatchNorm2d(c), nn.ReLU(inplace=True)] if norm else [nn.ReLU(inplace=True)]
+
+    layers = [nn.Linear(latent_dim, c * side**2), nn.Unflatten(1, (c, side, side)), *activation(c)]
+    layers += [nn.ConvTranspose2d(c, c, 3, padding=1), *activation(c)] if deep else []
+    for c_in, c in zip(channels, channels[1:]):
+        layers += [nn.ConvTranspose2d(c_in, c, 4, stride=2, padding=1), *activation(c)]
     layers += [nn.ConvTranspose2d(width, shape[0], 3, padding=1)]  # faster on a CPU than Conv2d
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
@@ -615,8 +618,12 @@ def average(network):
 
 
 @torch.no_grad()
-def update_average(averaged, network, decay):
-    """Move the weights and batch statistics of `averaged` towards those of `network` by 1 - decay."""
+def update_average(averaged, network, decay, step):
+    """Move the weights and batch statistics of `averaged` towards those of `network` by 1 - decay.
+
+    In the first 9 / (1 - decay) steps by more: the average is then of about the last tenth of them.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(averaged.state_dict().values(), network.state_dict().values()):
         a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
 

@@ -52,7 +52,7 @@ def parse_args():
     add = parser.add_argument
     add("--lr-d", type=number(float, 1e-9), default=0.3, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
 
@@ -169,7 +169,7 @@ def main(args):
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, generator, discriminator, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema)
+            update_average(generator_ema, generator, args.ema, run.step)
             run.log(losses)
         x_fake = sample(generator_ema, z_fixed)
         run.save_grid("samples", x_fake)

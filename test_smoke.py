@@ -691,6 +691,14 @@ class Maths(unittest.TestCase):
             for key, value in decoder.state_dict().items():
                 self.assertTrue(torch.equal(value, before[key]), key)
 
+    def test_average_forgets_the_first_weights(self):
+        network = torch.nn.Linear(3, 2)
+        for decay, step, share in ((0.99, 0, 0.9), (0.99, 10**6, 0.01), (0.0, 10**6, 1.0)):
+            averaged = common.average(torch.nn.Linear(3, 2))
+            expected = averaged.weight.lerp(network.weight, share)
+            common.update_average(averaged, network, decay, step)
+            torch.testing.assert_close(averaged.weight, expected)
+
     def test_networks_at_every_size(self):
         import dcgan
 

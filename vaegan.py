@@ -158,8 +158,8 @@ def main(args):
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
-            update_average(encoder_ema, encoder, args.ema)
-            update_average(decoder_ema, decoder, args.ema)
+            update_average(encoder_ema, encoder, args.ema, run.step)
+            update_average(decoder_ema, decoder, args.ema, run.step)
             run.log(losses)
         x_fake, mu = sample(decoder_ema, z_fixed), encode(encoder_ema, x_fixed)
         x_recon = sample(decoder_ema, mu)

@@ -21,8 +21,8 @@ between real and generated images shows their Wasserstein distance. Averaged ove
 
 Differences from the papers:
 - no normalisation in the critic (Arjovsky et al.: batch norm; Gulrajani et al. recommend layer norm);
-  He's initialisation; small networks: --arch conv has the decoder of vae.py and the discriminator of
-  vaegan.py with a hidden linear layer more, --arch mlp two hidden layers;
+  He's initialisation; small networks: --arch conv has the decoder of vae.py, with gp a convolution
+  deeper, and the discriminator of vaegan.py with a hidden linear layer more, --arch mlp two hidden layers;
 - one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
   than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et
   al.: 100 for each of the first 25 generator steps);
@@ -74,7 +74,7 @@ def parse_args():
         help="critic steps before the first epoch, at most a pass over the data")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.25, metavar="FACTOR",
         help="the critic's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.99,
+    add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}
     args = parse(parser, arch={"mlp": {"clip": 0.02}}, lipschitz={"clip": clip})
@@ -152,7 +152,8 @@ def main(args):
         generator = mlp_decoder(data.shape, args.hidden, args.latent_dim)
         critic = mlp_discriminator(data.shape, args.hidden[::-1])
     else:
-        generator = conv_decoder(data.shape, args.width, args.latent_dim)
+        deep = args.lipschitz == "gp"
+        generator = conv_decoder(data.shape, args.width, args.latent_dim, deep=deep)
         critic = conv_discriminator(data.shape, args.width, hidden=[16 * args.width])
     generator, critic = generator.to(args.device), critic.to(args.device)
     generator_ema = average(generator)
@@ -174,7 +175,7 @@ def main(args):
             critic_step(x, args, generator, critic, opt_d)
         for x, _ in data.batches(args.images_per_step, args.translate):
             losses = train_step(x, args, generator, critic, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema)
+            update_average(generator_ema, generator, args.ema, run.step)
             run.log(losses)
         x_fake = sample(generator_ema, z_fixed)
         run.save_grid("samples", x_fake)

@@ -704,8 +704,9 @@ class Maths(unittest.TestCase):
 
         for size in (8, 12, 20, 28, 32, 36, 64):
             shape = (3, size, size)
-            x = common.conv_decoder(shape, 2, 5)(torch.randn(2, 5))
-            self.assertEqual(x.shape, (2, *shape))
+            for deep in (False, True):
+                x = common.conv_decoder(shape, 2, 5, deep=deep)(torch.randn(2, 5))
+                self.assertEqual(x.shape, (2, *shape))
             self.assertEqual(common.conv_encoder(shape, 2, 6)(x).shape, (2, 6))
             self.assertEqual(common.conv_discriminator(shape, 2)(x).shape, (2,))
             x = dcgan.Generator(shape, 2, 5)(torch.randn(2, 5))

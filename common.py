@@ -861,6 +861,11 @@ def load_checkpoint(path, name):
         fail(f"{path} is not a whole checkpoint of {name}.py ({why})")
 
 
+def listed(numbers):
+    """The numbers of a dict by name, in one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
 def show(line):
     """The progress line, on a terminal alone."""
     if sys.stdout.isatty():
@@ -985,14 +990,13 @@ class Run:
         """What was measured after the last epoch, on the screen and in the CSV."""
         self.rows[-1].update(numbers)
         self.write_csv()
-        print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        print(listed(numbers))
 
     def line(self, where=""):
         row = dict(self.rows[-1])
         epoch, _, seconds = row.pop("epoch"), row.pop("step"), row.pop("seconds")
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
         of = self.args.epochs
-        return f"epoch {epoch:>{len(str(of))}}/{of} {where:>4} {seconds:6.1f} s  {numbers}"
+        return f"epoch {epoch:>{len(str(of))}}/{of} {where:>4} {seconds:6.1f} s  {listed(row)}"
 
     def write_csv(self):
         text = io.StringIO()
@@ -1038,5 +1042,4 @@ class Run:
             fail(f"{folder} cannot be written: {error.strerror}", 1)
         print(f"Wrote {n} samples to {folder}")
         if self.score:
-            numbers = self.score(*draw(10_000))
-            print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+            print(listed(self.score(*draw(10_000))))

@@ -11,6 +11,7 @@ import csv
 import gzip
 import importlib
 import io
+import itertools
 import math
 import os
 import re
@@ -78,6 +79,13 @@ def call(script, *flags):
         module, args = load(script, "--data", "synthetic", *flags)
         module.main(args)
     return output.getvalue()
+
+
+def python(code, cwd, *flags):
+    """Run a few lines of code in a process of its own, from another folder."""
+    env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
 
 
 def read_csv(path):
@@ -345,9 +353,7 @@ class CommandLine(TemporaryFolder):
         )
         flags = ["--data", self.tmp / "pictures", "--out", self.tmp / "out", *TINY]
         flags += ["--epochs", 2, "--lr-schedule", "constant", "--device", "cpu"]
-        command = [sys.executable, "-c", code, *map(str, flags)]
-        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, env=env, cwd=self.tmp, capture_output=True, text=True)
+        done = python(code, self.tmp, *flags)
         self.assertEqual(done.returncode, -9, done.stderr)
         self.assertEqual(self.tiny_run("vae", self.tmp / "out", "--resume", "--epochs", 3), through)
         for flags, message in (
@@ -374,30 +380,23 @@ class CommandLine(TemporaryFolder):
         """Non-finite losses and an output folder that vanishes end a run with one line and status 1."""
         step, out = importlib.import_module("vae").train_step, self.tmp / "out"
 
-        def nan(*rest):
-            losses = step(*rest)
-            return {**losses, "loss_kl": losses["loss_kl"] * (math.nan if nan.steps == 20 else 1)}
+        def at_step_20(spoil):
+            steps = itertools.count(1)
 
-        def vanish(*rest):
-            if nan.steps == 20:
-                shutil.rmtree(out)
-            return step(*rest)
+            def train_step(*rest):
+                losses = step(*rest)
+                return spoil(losses) if next(steps) == 20 else losses
+
+            return mock.patch("vae.train_step", train_step)
 
         diverged = "loss_kl is nan at step 20: training diverged, a smaller --lr may help; "
-        for broken, message in (
-            (nan, f"{diverged}{out / 'vae.pt'} holds epoch 1"),
-            (vanish, "cannot be written"),
-        ):
-            nan.steps = 0
-
-            def counted(*rest):
-                nan.steps += 1
-                return broken(*rest)
-
-            with mock.patch("vae.train_step", counted), self.fails(message, status=1):
+        with self.fails(f"{diverged}{out / 'vae.pt'} holds epoch 1", status=1):
+            with at_step_20(lambda losses: {**losses, "loss_kl": losses["loss_kl"] * math.nan}):
                 self.tiny_run("vae", out, *TINY)
-            if broken is nan:
-                self.assertNotIn("nan", (out / "vae.csv").read_text())
+        self.assertNotIn("nan", (out / "vae.csv").read_text())
+        with self.fails("cannot be written", status=1):
+            with at_step_20(lambda losses: shutil.rmtree(out) or losses):
+                self.tiny_run("vae", out, *TINY)
 
     def test_source(self):
         """Only torch, torchvision, the standard library and common; no side effects of an import."""
@@ -412,14 +411,7 @@ class CommandLine(TemporaryFolder):
         code = "import torch; before = torch.get_rng_state()\n"
         code += "".join(f"import {script}\n" for script in SCRIPTS)
         code += "assert torch.equal(before, torch.get_rng_state())"
-        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--nonsense"],
-            cwd=self.tmp,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+        done = python(code, self.tmp, "--nonsense")
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
         self.assertEqual(list(self.tmp.iterdir()), [])
 
@@ -519,13 +511,12 @@ class Maths(unittest.TestCase):
         import vae
 
         x, logits = torch.rand(3, 1, 4, 4).round(), torch.randn(3, 1, 4, 4)
-        p = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
-        for script in (vae, cvae):
-            torch.testing.assert_close(script.reconstruction_loss(logits, x, "bce"), -p)
+        bernoulli = torch.distributions.Bernoulli(logits=logits)
         normal = torch.distributions.Normal(logits.sigmoid(), math.sqrt(0.5))
-        p = normal.log_prob(x).flatten(1).sum(1)
-        for script in (vae, cvae):
-            torch.testing.assert_close(script.reconstruction_loss(logits, x, "mse"), -p)
+        for kind, p in (("bce", bernoulli), ("mse", normal)):
+            loss = -p.log_prob(x).flatten(1).sum(1)
+            for script in (vae, cvae):
+                torch.testing.assert_close(script.reconstruction_loss(logits, x, kind), loss)
 
     def test_nll_is_at_most_the_elbo(self):
         """With one sample they agree on average, with more the estimate falls."""
@@ -746,12 +737,8 @@ class Maths(unittest.TestCase):
         vae, args = load("vae", "--out", tempfile.gettempdir())
         torch.manual_seed(0)
         x = common.draw_digits(1024, 1)[0].float() / 255
-        encoder = torch.nn.Sequential(
-            torch.nn.Flatten(), common.mlp([784, 64, 2 * args.latent_dim], True)
-        )
-        decoder = torch.nn.Sequential(
-            common.mlp([args.latent_dim, 64, 784], True), torch.nn.Unflatten(1, (1, 28, 28))
-        )
+        encoder = common.mlp_encoder((1, 28, 28), [64], 2 * args.latent_dim)
+        decoder = common.mlp_decoder((1, 28, 28), [64], args.latent_dim)
         opt = common.make_optimizer(args, torch.nn.ModuleList([encoder, decoder]), 3e-3)
         losses = [
             vae.train_step(b, 1.0, args, encoder, decoder, opt)["loss"].item()

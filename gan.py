@@ -23,14 +23,14 @@ Differences from the paper:
   dropout in the discriminator). --arch conv has the decoder of vae.py and vaegan.py, and vaegan.py's
   discriminator;
 - He's initialisation and a centred input in the discriminator;
-- Adam at 1e-3 or 2e-3 in both networks (momentum), batches of 16 or 32 (100), noise from N(0, I) in 100
-  dimensions, with --arch conv in 10 (uniform noise);
+- Adam at 1e-3 for the generator and 1.5e-4 for the discriminator, with --arch conv at 2e-3 and 1e-3
+  (momentum), batches of 16 or 32 (100), noise from N(0, I) in 100 or 10 dimensions (uniform noise);
 - the generator maximises log D, which the paper recommends; its game in theory is --loss minimax;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python gan.py --epochs 1
-    python gan.py --opt adam --lr 2e-4 --batch-size 64 --dropout 0.3 --epochs 50
+    python gan.py --opt adam --lr 2e-4 --lr-d 1 --batch-size 64 --dropout 0.3 --epochs 50
 
 Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV, as
 means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
@@ -53,18 +53,19 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 2e-3 --batch-size 32 --latent-dim 10")  # fmt: skip
+        help="kind of networks; conv brings --lr 2e-3 --lr-d 0.5 --batch-size 32 "
+        "--latent-dim 10")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating",
         help="what the generator minimises")  # fmt: skip
     add("--d-steps", type=number(int, 1), default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=number(float, 1e-9), default=1.0, metavar="FACTOR",
+    add("--lr-d", type=number(float, 1e-9), default=0.15, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32, "latent_dim": 10}})
+    args = parse(parser, arch={"conv": {"lr": 2e-3, "lr_d": 0.5, "batch_size": 32, "latent_dim": 10}})
     args.images_per_step = args.batch_size * args.d_steps
     return args
 

@@ -16,9 +16,10 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper:
-- the networks, the initialisation, the optimiser and the batches of gan.py, at one learning rate for both
-  networks (the paper: maxout layers with dropout, momentum, batches of 100), noise from N(0, I) in 100
-  dimensions with both archs (uniform noise); the generator maximises log D (the paper's game is minimax);
+- the networks, the initialisation, the optimiser and the batches of gan.py, with one learning rate for
+  both networks (the paper: maxout layers with dropout, momentum, batches of 100), noise from N(0, I) in
+  100 dimensions with both archs (uniform noise);
+- the generator maximises log D (the paper's game is minimax);
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
   layer of their own). In the generator it extends z. In the discriminator it is one more channel per
   class of the image (--arch conv, a conditional DCGAN) or one more pixel per class (--arch mlp), scaled

@@ -58,7 +58,8 @@ TINY = ["--epochs", 3, "--batch-size", 2, "--log-every", 2]
 def load(script, *flags):
     """The script as a module, and what its command line with these flags parses to."""
     module = importlib.import_module(script)
-    with mock.patch.object(sys, "argv", [f"{script}.py", "--device", "cpu", *map(str, flags)]):
+    away = ["--device", "cpu", "--out", tempfile.gettempdir(), "--data-dir", tempfile.gettempdir()]
+    with mock.patch.object(sys, "argv", [f"{script}.py", *away, *map(str, flags)]):
         return module, module.parse_args()
 
 
@@ -123,13 +124,12 @@ class TemporaryFolder(unittest.TestCase):
     @contextlib.contextmanager
     def fails(self, message, status=2):
         """What is inside ends with one line on stderr, which has the message, and with the status."""
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
+        out, error = contextlib.redirect_stdout(io.StringIO()), io.StringIO()
+        with out, contextlib.redirect_stderr(error), self.assertRaises(SystemExit) as end:
             yield
-        self.assertEqual(
-            (end.exception.code, error.getvalue().count("\n")), (status, 1), error.getvalue()
-        )
-        self.assertIn(message, error.getvalue())
+        text = error.getvalue()
+        self.assertEqual((end.exception.code, text.count("\n")), (status, 1), text)
+        self.assertIn(message, text)
 
 
 class CommandLine(TemporaryFolder):
@@ -235,7 +235,7 @@ class CommandLine(TemporaryFolder):
             self.assertIn(script, [*SCRIPTS, "test_smoke"])
             if script in SCRIPTS and "--generate" not in flags:
                 with self.subTest(f"{script} {flags}"):
-                    load(script, *flags.replace("FOLDER", str(self.tmp)).split(), "--out", self.tmp)
+                    load(script, *flags.replace("FOLDER", str(self.tmp)).split())
         table = re.search(r"## Flags(.*?)\n## ", text, re.DOTALL)[1]
         for script in SCRIPTS:
             text = help_of(script)
@@ -450,9 +450,7 @@ class Data(TemporaryFolder):
     def test_mnist_that_cannot_be_had(self):
         """auto trains on the synthetic digits and says why; an explicit mnist ends with advice."""
         for data in ("auto", "mnist"):
-            _, args = load(
-                "vaegan", "--data", data, "--dry-run", "--data-dir", self.tmp / data, "--out", self.tmp
-            )
+            _, args = load("vaegan", "--data", data, "--dry-run", "--data-dir", self.tmp / data)
             output = io.StringIO()
             with mock.patch.object(common, "fetch", side_effect=OSError("no network")):
                 with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -482,10 +480,7 @@ class Data(TemporaryFolder):
             path.unlink()
         last = raw / "t10k-labels-idx1-ubyte.gz"
         last.write_bytes(last.read_bytes()[:-20])
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            self.fails("t10k-labels-idx1-ubyte.gz is damaged"),
-        ):
+        with self.fails("t10k-labels-idx1-ubyte.gz is damaged"):
             common.load_torchvision("fashion-mnist", self.tmp)
 
     def test_silent_server_is_given_up(self):
@@ -562,7 +557,7 @@ class Maths(unittest.TestCase):
 
     def test_vaegan_updates(self):
         """Each network follows the gradient of its own loss, written out here, and no other's."""
-        vaegan, args = load("vaegan", "--gamma", 0.1, "--out", tempfile.gettempdir())
+        vaegan, args = load("vaegan", "--gamma", 0.1)
         shape, x = (1, 28, 28), common.draw_digits(8, 1)[0].float() / 255
         e = common.conv_encoder(shape, 4, 2 * args.latent_dim)
         g, d = common.conv_decoder(shape, 4, args.latent_dim), common.conv_discriminator(shape, 4)
@@ -606,7 +601,7 @@ class Maths(unittest.TestCase):
         x, y = x.float() / 255, torch.nn.functional.one_hot(labels, 10).float()
         for script, flags, loss_d, loss_g in cases:
             with self.subTest(script, flags=flags):
-                module, args = load(script, *flags, "--batch-size", 8, "--out", tempfile.gettempdir())
+                module, args = load(script, *flags, "--batch-size", 8)
                 given, more = ([y], 10) if script == "cgan" else ([], 0)
                 g = common.conv_decoder((1, 28, 28), 4, args.latent_dim + more)
                 d = common.conv_discriminator((1 + more, 28, 28), 4)
@@ -626,7 +621,7 @@ class Maths(unittest.TestCase):
 
     def test_wgan(self):
         """Signs, the clipping box, the penalty of a linear critic, no batch norm, defaults."""
-        wgan, args = load("wgan", "--lipschitz", "clip", "--clip", 0.02, "--out", tempfile.gettempdir())
+        wgan, args = load("wgan", "--lipschitz", "clip", "--clip", 0.02)
         high, low = torch.ones(4), torch.zeros(4)
         self.assertEqual(wgan.critic_loss(high, low).item(), -1)  # it rates real images higher
         self.assertEqual(wgan.generator_loss(high).item(), -1)
@@ -644,7 +639,7 @@ class Maths(unittest.TestCase):
                 wgan.critic_step(x, args, generator, network, optimizer)
                 self.assertLessEqual(values(network).abs().max().item(), args.clip)
         self.assertEqual((args.lr_d, args.n_critic), (0.05, 3))
-        args = load("wgan", "--arch", "mlp", "--lipschitz", "clip", "--out", tempfile.gettempdir())[1]
+        args = load("wgan", "--arch", "mlp", "--lipschitz", "clip")[1]
         self.assertEqual((args.opt, args.lr_d, args.n_critic, args.clip), ("rmsprop", 0.05, 1, 0.02))
 
     def test_labels_matter(self):
@@ -712,7 +707,7 @@ class Maths(unittest.TestCase):
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()) as output,
         ):
-            _, args = load("vaegan", "--data-dir", folder, "--out", folder, "--device", "cpu")
+            _, args = load("vaegan", "--data-dir", folder)
             score = common.Score(data, args)
             self.assertEqual(common.Score(data, args)(test[0]), score(test[0]))
         self.assertEqual(output.getvalue().count("Training the classifier"), 1)
@@ -734,7 +729,7 @@ class Maths(unittest.TestCase):
         self.assertAlmostEqual(common.frechet_distance(f, g), 6, delta=0.2)
 
     def test_vae_learns(self):
-        vae, args = load("vae", "--out", tempfile.gettempdir())
+        vae, args = load("vae")
         torch.manual_seed(0)
         x = common.draw_digits(1024, 1)[0].float() / 255
         encoder = common.mlp_encoder((1, 28, 28), [64], 2 * args.latent_dim)

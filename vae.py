@@ -250,11 +250,11 @@ def main(args):
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed, _ = data.examples(32)
     x_fixed = torch.bernoulli(x_fixed) if args.binarize else x_fixed
+    warmup = args.kl_warmup * run.steps_per_epoch
 
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             x = torch.bernoulli(x) if args.binarize else x
-            warmup = args.kl_warmup * run.steps_per_epoch
             beta = args.beta * min(1, run.step / warmup if warmup else 1)
             run.log(train_step(x, beta, args, encoder, decoder, opt))
         x_fake, mu = sample(decoder, z_fixed), encode(encoder, x_fixed)

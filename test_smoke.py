@@ -567,8 +567,7 @@ class Maths(unittest.TestCase):
         torch.manual_seed(1)
         z = q.loc + q.scale * torch.randn_like(mu)
         x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
-        loss_d = bce(d(x), 1) + bce(d(x_recon.detach()), 0) + bce(d(x_fake.detach()), 0)
-        gradient_d = descend(d, loss_d)
+        gradient_d = flat_gradient(bce(d(x), 1) + bce(d(x_recon), 0) + bce(d(x_fake), 0), d)
         loss_kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() / 8
         loss_features = (d.features(x).detach() - d.features(x_recon)).square().sum() / 2 / 8
         gradient_e = flat_gradient(args.beta * loss_kl + loss_features, e)

@@ -108,13 +108,6 @@ def flat_gradient(loss, network):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def descend(network, loss, lr=1e-2):
-    """One step of gradient descent on the network; returns the gradient."""
-    gradient = flat_gradient(loss, network)
-    torch.nn.utils.vector_to_parameters(values(network) - lr * gradient, network.parameters())
-    return gradient
-
-
 class TemporaryFolder(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -609,7 +602,9 @@ class Maths(unittest.TestCase):
                 networks = copy.deepcopy((g, d))
                 torch.manual_seed(1)
                 x_fake = g(torch.randn(8, args.latent_dim), *given).sigmoid()
-                gradient_d = descend(d, loss_d(d(x, *given), d(x_fake.detach(), *given)))
+                gradient_d = flat_gradient(loss_d(d(x, *given), d(x_fake, *given)), d)
+                after = values(d) - 1e-2 * gradient_d  # the discriminator steps first
+                torch.nn.utils.vector_to_parameters(after, d.parameters())
                 gradient_g = flat_gradient(loss_g(d(x_fake, *given)), g)
 
                 def step(optimizers):

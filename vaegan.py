@@ -110,6 +110,7 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     opt_g.zero_grad()
     loss_g.backward(inputs=list(decoder.parameters()))
 
+    # As in the paper: no network answers a change of another within the step
     for optimizer in (opt_d, opt_e, opt_g):
         optimizer.step()
 

@@ -22,7 +22,7 @@ between real and generated images shows their Wasserstein distance. Averaged ove
 Differences from the papers:
 - no normalisation in the critic (Arjovsky et al.: batch norm; Gulrajani et al. recommend layer norm);
   He's initialisation; small networks: --arch conv has the decoder of vae.py, with gp one convolution
-  more, and the discriminator of vaegan.py with a hidden linear layer more, --arch mlp two hidden layers;
+  more, and the discriminator of vaegan.py with a larger hidden layer, --arch mlp two hidden layers;
 - one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
   than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et
   al.: 100 for each of the first 25 generator steps);

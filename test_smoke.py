@@ -391,6 +391,21 @@ class CommandLine(TemporaryFolder):
             with at_step_20(lambda losses: shutil.rmtree(out) or losses):
                 self.tiny_run("vae", out, *TINY)
 
+    def test_vaegan_penalty(self):
+        """From the second epoch on, at every eighth step, for the steps between as well."""
+        weights, train_step = [], load("vaegan")[0].train_step
+
+        def recorded(x, args, r1, *networks):
+            weights.append(r1)
+            return train_step(x, args, r1, *networks)
+
+        with mock.patch("vaegan.train_step", recorded):
+            self.tiny_run("vaegan", self.tmp / "out", *TINY, "--epochs", 2, "--r1", 0.5)
+        steps = len(weights) // 2
+        self.assertGreater(steps, 8)
+        due = [0] * steps + [0 if step % 8 else 4 for step in range(steps, 2 * steps)]
+        self.assertEqual(weights, due)
+
     def test_source(self):
         """Only torch, torchvision, the standard library and common; no side effects of an import."""
         allowed = {*sys.stdlib_module_names, "torch", "torchvision", "common", "PIL", "matplotlib"}
@@ -560,7 +575,10 @@ class Maths(unittest.TestCase):
         torch.manual_seed(1)
         z = q.loc + q.scale * torch.randn_like(mu)
         x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
-        gradient_d = flat_gradient(bce(d(x), 1) + bce(d(x_recon), 0) + bce(d(x_fake), 0), d)
+        x_real = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(d(x_real).sum(), x_real, create_graph=True)
+        r1 = 0.3 / 2 * slope.square().sum() / 8
+        gradient_d = flat_gradient(bce(d(x), 1) + bce(d(x_recon), 0) + bce(d(x_fake), 0) + r1, d)
         loss_kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() / 8
         loss_features = (d.features(x).detach() - d.features(x_recon)).square().sum() / 2 / 8
         gradient_e = flat_gradient(args.beta * loss_kl + loss_features, e)
@@ -568,7 +586,7 @@ class Maths(unittest.TestCase):
 
         def step(optimizers):
             torch.manual_seed(1)
-            vaegan.train_step(x, args, *networks, *optimizers)
+            vaegan.train_step(x, args, 0.3, *networks, *optimizers)
 
         self.check_updates(networks, [gradient_e, gradient_g, gradient_d], step)
 

@@ -52,7 +52,7 @@ from common import (
     make_optimizer, number, parse, predict, reparameterize, shared_flags, traverse, update_average,
 )  # fmt: skip
 
-R1_EVERY = 8  # steps: at one in eight, eight times the weight; that costs less and does the same
+R1_EVERY = 8  # steps: eight times the weight at one step in eight takes less time
 
 
 def parse_args():

@@ -392,7 +392,7 @@ class CommandLine(TemporaryFolder):
                 self.tiny_run("vae", out, *TINY)
 
     def test_vaegan_penalty(self):
-        """From the second epoch on, at every eighth step, for the steps between as well."""
+        """From the second epoch on, at every eighth step with eight times its weight."""
         weights, train_step = [], load("vaegan")[0].train_step
 
         def recorded(x, args, r1, *networks):

@@ -15,8 +15,9 @@ per image and averaged over the batch:
     loss_features = 1/2 ||f(x) - f(x_recon)||^2
     loss_d        = -log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake))
     loss_g        = gamma * loss_features - log D(x_recon) - log D(x_fake)
+    penalty       = 1/2 ||gradient of D(x)'s logit in x||^2
 
-    discriminator  minimises  loss_d (and a penalty on its slope, --r1)
+    discriminator  minimises  loss_d + r1 * penalty
     encoder        minimises  beta * loss_kl + loss_features
     decoder        minimises  loss_g
 
@@ -24,9 +25,10 @@ Differences from the paper:
 - small networks, 6 latent dimensions and batches of 16 for 28 x 28 digits (the paper: 64 x 64 faces, 128
   dimensions, batches of 64); no batch norm in the discriminator, whose input is centred and whose
   initialisation is He's; its features are taken before the activation;
-- a discriminator that learns more slowly than the other two (--lr-d; the paper: as fast), and one whose
-  slope at real images is held down from the second epoch on, at every eighth step (--r1; R1 of Mescheder
-  et al. 2018, arXiv 1801.04406): else it slowly wins;
+- a discriminator that learns more slowly than the other two (--lr-d; the paper: as fast);
+- the penalty (R1 of Mescheder et al. 2018, arXiv 1801.04406), without which the discriminator slowly
+  wins over many epochs. It begins with the second, as in the first it would only hold the discriminator
+  back, and comes at every eighth step;
 - beta (the paper: 1): the features' scale is arbitrary, and with it the balance between the two losses
   of the encoder; beta is the variance of the Gaussian around f(x_recon);
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
@@ -89,7 +91,7 @@ def feature_loss(f, f_recon):
 
 
 def gradient_penalty(discriminator, x):
-    """R1: 1/2 ||gradient of the logit at x||^2, x (B, C, H, W) real images; averaged."""
+    """R1: 1/2 ||gradient of the logit in x||^2 at real images x (B, C, H, W), averaged."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean() / 2

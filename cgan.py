@@ -22,9 +22,9 @@ Differences from the paper:
 - the generator maximises log D (the paper's game is minimax);
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
   layer of their own). In the generator it extends z. In the discriminator it is one more channel per
-  class of the image (--arch conv, a conditional DCGAN) or one more pixel per class (--arch mlp), scaled
-  to weigh as much as the image: with ones the network overlooks them for many epochs. The channels hold
-  0 and 1: with -1 and 1 they outweigh the image, and the discriminator falls to chance in two epochs;
+  class of the image (--arch conv, a conditional DCGAN) or one more pixel per class (--arch mlp), the 1
+  scaled to about the norm of an image: without that it goes unheard for many epochs. The channels hold 0
+  and 1: with -1 and 1 they outweigh the image, and the discriminator falls to chance in two epochs;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
@@ -33,8 +33,8 @@ Differences from the paper:
 
 Files: cgan.csv, cgan_samples.png (a row per class, the same z down a column), cgan_progress.png,
 cgan_interpolation.png, cgan.pt. Columns of the CSV, as means over the rows' intervals: epoch, step,
-seconds (of training), loss_d (2 log 2 = 1.39 at chance), loss_g (log 2 = 0.69 at chance), d_real = D(x),
-d_fake = D(x_fake).
+seconds (of training), loss_d (2 log 2 = 1.39 at chance), loss_g (log 2 = 0.69 at chance),
+d_real = D(x, y), d_fake = D(x_fake, y).
 """
 
 import torch

@@ -19,8 +19,8 @@ averaged over the batch:
 Differences from the papers:
 - z has a fixed prior N(0, I) (Sohn et al.: a prior that depends on the condition);
 - one label per image, always given (Kingma et al. infer missing ones);
-- the label joins the pixels and z in the first layers alone; the encoder sees it scaled to weigh as much
-  as the image (--arch mlp) or as one more channel of 0 or 1 per class (--arch conv);
+- the label joins the pixels and z in the first layers alone; the encoder sees it scaled to about the
+  norm of an image (--arch mlp) or as one more channel of 0 or 1 per class (--arch conv);
 - layers, optimiser and learning rate of vae.py; 8 latent dimensions: with 20, more of a digit's identity
   stays in z, and fewer samples carry the label asked for;
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them.
@@ -29,8 +29,10 @@ Differences from the papers:
     python cvae.py --arch conv --epochs 10
 
 Files: cvae.csv, cvae_samples.png (a row per class, the same z down a column), cvae_progress.png,
-cvae_reconstructions.png, cvae_interpolation.png, cvae_traversal.png, cvae.pt. Columns of the CSV: those
-of vae.py.
+cvae_reconstructions.png, cvae_interpolation.png, cvae_traversal.png, cvae.pt. Columns of the CSV: epoch,
+step, seconds (of training), then in nats, as means over the rows' intervals, loss, loss_recon, loss_kl
+and on an epoch's last row the test set's test_neg_elbo (-ELBO, with beta = 1), test_recon, test_kl; on
+the last row of all, with --nll, test_nll.
 """
 
 import math
@@ -159,7 +161,7 @@ def main(args):
     z_fixed = torch.randn(10, args.latent_dim).to(args.device)
     y_every = torch.eye(n_classes, device=args.device)
     x_fixed, labels = data.examples(32)
-    x_fixed = torch.bernoulli(x_fixed) if args.binarize else x_fixed
+    x_fixed = torch.bernoulli(x_fixed.cpu()).to(args.device) if args.binarize else x_fixed
     y_fixed = one_hot(labels, n_classes)
 
     for epoch in run.epochs():

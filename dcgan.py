@@ -20,10 +20,10 @@ Differences from the paper:
 - at 28 x 28 three layers each way and 32 to 128 channels (the paper: 64 x 64 with four layers and 128 to
   1024); the generator ends in a sigmoid and the discriminator centres its input (tanh);
 - batches of 32 (128), Adam at 1e-3 for the generator and 3e-4 for the discriminator (2e-4 for both):
-  with a tenth of the steps, both must learn faster, and the discriminator must not run ahead;
+  in so short a run both must learn faster, and the discriminator must not run ahead;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in
-  100); batch norm's weights start from N(1, 0.02), as in the authors' code;
+  100); batch norm's weights start from N(1, 0.02^2), as in the authors' code;
 - the pictures come from an exponential moving average of the generator's weights (--ema).
 
     python dcgan.py --epochs 1
@@ -100,13 +100,13 @@ class Discriminator(nn.Sequential):
 
 
 def initialize(network):
-    """Weights from N(0, 0.02), those of batch norm from N(1, 0.02)."""
+    """Weights from N(0, 0.02^2), those of batch norm from N(1, 0.02^2)."""
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, 0.02)
         elif name.endswith("weight"):
             nn.init.normal_(parameter, 1, 0.02)
-    return network.to(memory_format=torch.channels_last)
+    return network
 
 
 def discriminator_loss(d_real, d_fake):
@@ -121,7 +121,8 @@ def generator_loss(d_fake):
 
 def train_step(x, args, generator, discriminator, opt_g, opt_d):
     """One update of each network on x (B, C, H, W); returns detached scalars for the CSV."""
-    # (1) Discriminator: maximise log D(x) + log(1 - D(x_fake)); batch norm: apart from each other
+    # (1) Discriminator: maximise log D(x) + log(1 - D(x_fake)). Real and generated images stay apart:
+    # batch norm would mix their statistics
     z = torch.randn(len(x), args.latent_dim, device=x.device)
     x_fake = generator(z).sigmoid()
     d_real, d_fake = discriminator(x), discriminator(x_fake.detach())

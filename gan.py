@@ -33,8 +33,9 @@ Differences from the paper:
     python gan.py --opt adam --lr 2e-4 --lr-d 1 --batch-size 64 --dropout 0.3 --epochs 50
 
 Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV, as
-means over the rows' intervals: epoch, step, seconds (of training), loss_d (2 log 2 = 1.39 at chance),
-loss_g (log 2 = 0.69 at chance, -0.69 with --loss minimax), d_real = D(x), d_fake = D(x_fake).
+means over the rows' intervals, of the last discriminator step of each generator step: epoch, step,
+seconds (of training), loss_d (2 log 2 = 1.39 at chance), loss_g (log 2 = 0.69 at chance, -0.69 with
+--loss minimax), d_real = D(x), d_fake = D(x_fake).
 """
 
 import torch

@@ -104,7 +104,6 @@ class PixelCNN(nn.Module):
         self.layers = nn.ModuleList(MaskedConv2d("B", width, width, 3) for _ in range(layers))
         self.last = nn.Conv2d(width, 1, 1)
         self.reach = 3 + layers  # how many rows and columns away the farthest pixel lies that is seen
-        self.to(memory_format=torch.channels_last)
 
     def logits(self, x, context):
         h = self.first(2 * x - 1) + context
@@ -249,7 +248,7 @@ def main(args):
         return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed, _ = data.examples(32)
-    x_fixed = torch.bernoulli(x_fixed) if args.binarize else x_fixed
+    x_fixed = torch.bernoulli(x_fixed.cpu()).to(args.device) if args.binarize else x_fixed
     warmup = args.kl_warmup * run.steps_per_epoch
 
     for epoch in run.epochs():

@@ -97,7 +97,7 @@ def gradient_penalty(discriminator, x):
     return gradient.square().flatten(1).sum(1).mean() / 2
 
 
-def train_step(x, args, r1, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
+def train_step(x, r1, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """One update of each network on x (B, C, H, W), with the weight r1 of this step's gradient penalty.
 
     Returns detached scalars for the CSV.
@@ -177,7 +177,7 @@ def main(args):
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             r1 = 0 if epoch == 1 or run.step % R1_EVERY else args.r1 * R1_EVERY
-            losses = train_step(x, args, r1, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
+            losses = train_step(x, r1, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
             update_average(encoder_ema, encoder, args.ema, run.step)
             update_average(decoder_ema, decoder, args.ema, run.step)
             run.log(losses)

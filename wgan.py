@@ -7,8 +7,8 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-The critic gives a number, not a probability: among functions of slope 1 the one that differs most
-between real and generated images shows their Wasserstein distance. Averaged over the batch:
+The critic gives a number, not a probability: among functions of slope at most 1 the one that differs
+most between real and generated images shows their Wasserstein distance. Averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
@@ -25,7 +25,7 @@ Differences from the papers:
   more, and the discriminator of vaegan.py with a larger hidden layer, --arch mlp two hidden layers;
 - one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
   than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et
-  al.: 100 for each of the first 25 generator steps);
+  al.'s code: 100 for each of the first 25 generator steps, and for every 500th);
 - gp: Adam at 2e-3 for the generator and 5e-4 for the critic (1e-4 for both), batches of 16 (64);
 - clip: weights in [-0.1, 0.1], with --arch mlp in [-0.02, 0.02] ([-0.01, 0.01], for networks that are
   wider and scaled by batch norm), RMSprop at 1e-3 for the generator and 5e-5 for the critic (5e-5 for
@@ -126,12 +126,11 @@ def critic_step(x, args, generator, critic, opt_d):
 
 def train_step(x, args, generator, critic, opt_g, opt_d):
     """One update of the generator on x (n_critic * B, C, H, W); returns detached scalars for the CSV."""
-    # (1) Critic, n_critic times: maximise critic(x) - critic(x_fake), with a slope of about 1
+    # (1) Critic, n_critic times: maximise critic(x) - critic(x_fake), with a bounded slope
     for x_real in x.split(args.batch_size):
         x_fake, losses = critic_step(x_real, args, generator, critic, opt_d)
 
     # (2) Generator: maximise critic(x_fake) of the last x_fake
-    x_fake.retain_grad()
     loss_g = generator_loss(critic(x_fake))
     opt_g.zero_grad()
     loss_g.backward(inputs=[x_fake, *generator.parameters()])

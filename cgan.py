@@ -16,9 +16,9 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper:
-- the networks, the initialisation, the optimiser and the batches of gan.py, with one learning rate for
-  both networks (the paper: maxout layers with dropout, momentum, batches of 100), noise from N(0, I) in
-  100 dimensions with both archs (uniform noise);
+- the networks, the initialisation, the optimiser and the batches of gan.py, with --arch mlp one learning
+  rate for both networks (the paper: maxout layers with dropout, momentum, batches of 100), noise from
+  N(0, I) in 100 dimensions with both archs (uniform noise);
 - the generator maximises log D (the paper's game is minimax);
 - the label joins the first layer alone (the paper: noise and label, image and label each have a hidden
   layer of their own). In the generator it extends z. In the discriminator it is one more channel per
@@ -53,7 +53,7 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 2e-3 --batch-size 32")  # fmt: skip
+        help="kind of networks; conv brings --lr 2e-3 --lr-d 0.15")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
@@ -61,7 +61,7 @@ def parse_args():
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    return parse(parser, arch={"conv": {"lr": 2e-3, "batch_size": 32}})
+    return parse(parser, arch={"conv": {"lr": 2e-3, "lr_d": 0.15}})
 
 
 def discriminator_loss(d_real, d_fake):
@@ -112,7 +112,8 @@ def main(args):
         discriminator = mlp_discriminator(shape_d, args.hidden[::-1], args.dropout)
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
-        discriminator = conv_discriminator((channels + n_classes, height, width), args.width)
+        shape_d = (channels + n_classes, height, width)
+        discriminator = conv_discriminator(shape_d, args.width, hidden=[4 * args.width])
     generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
     generator, discriminator = generator.to(args.device), discriminator.to(args.device)
     generator_ema = average(generator)

@@ -21,10 +21,10 @@ Differences from the paper:
 - --arch mlp has the layers of widespread re-implementations: a generator of 256, 512 and 1024 units with
   batch norm and ReLU, a discriminator of 1024, 512 and 256 with leaky ReLU (the paper: maxout units and
   dropout in the discriminator). --arch conv has the decoder of vae.py and vaegan.py, and vaegan.py's
-  discriminator without its hidden layer;
+  discriminator;
 - He's initialisation and a centred input in the discriminator;
-- Adam at 1e-3 for the generator and 1.5e-4 for the discriminator, with --arch conv at 2e-3 and 1e-3
-  (momentum), batches of 16 or 32 (100), noise from N(0, I) in 100 or 10 dimensions (uniform noise);
+- Adam at 1e-3 for the generator and 1.5e-4 for the discriminator, with --arch conv at 2e-3 and 3e-4
+  (momentum), batches of 16 (100), noise from N(0, I) in 100 or 10 dimensions (uniform noise);
 - the generator maximises log D, which the paper recommends; its game in theory is --loss minimax;
 - the generator learns from the images that the discriminator has just seen (the paper: from new noise);
 - the pictures come from an exponential moving average of the generator's weights (--ema).
@@ -54,8 +54,7 @@ def parse_args():
     )  # fmt: skip
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 2e-3 --lr-d 0.5 --batch-size 32 "
-        "--latent-dim 10")  # fmt: skip
+        help="kind of networks; conv brings --lr 2e-3 --latent-dim 10")  # fmt: skip
     add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
@@ -66,7 +65,7 @@ def parse_args():
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, arch={"conv": {"lr": 2e-3, "lr_d": 0.5, "batch_size": 32, "latent_dim": 10}})
+    args = parse(parser, arch={"conv": {"lr": 2e-3, "latent_dim": 10}})
     args.images_per_step = args.batch_size * args.d_steps
     return args
 
@@ -118,7 +117,7 @@ def main(args):
         discriminator = mlp_discriminator(data.shape, args.hidden[::-1], args.dropout)
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        discriminator = conv_discriminator(data.shape, args.width)
+        discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
     generator, discriminator = generator.to(args.device), discriminator.to(args.device)
     generator_ema = average(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))

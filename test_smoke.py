@@ -243,8 +243,8 @@ class CommandLine(TemporaryFolder):
             ("vae", "--arch", "pixelcnn"):
                 "--lr 2e-3 --batch-size 64 --latent-dim 16 --kl-warmup 2 --binarize",
             ("cvae", "--arch", "conv"): "--lr 2e-3 --batch-size 64",
-            ("gan", "--arch", "conv"): "--lr 2e-3 --lr-d 0.5 --batch-size 32 --latent-dim 10",
-            ("cgan", "--arch", "conv"): "--lr 2e-3 --batch-size 32",
+            ("gan", "--arch", "conv"): "--lr 2e-3 --latent-dim 10",
+            ("cgan", "--arch", "conv"): "--lr 2e-3 --lr-d 0.15",
             ("wgan", "--arch", "mlp"): "--clip 0.02",
             ("wgan", "--lipschitz", "clip"): "--opt rmsprop --lr 1e-3 --lr-d 0.05",
         }  # fmt: skip

@@ -883,6 +883,7 @@ class Run:
         self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
         self.rows, self.losses, self.progress = [], [], []
         self.epoch = self.step = self.seconds = 0
+        self.written = -math.inf  # when the CSV was
         self.steps_per_epoch = len(data.x_train) // args.images_per_step
         if args.device == "cpu":  # convolutions take a third less time; elsewhere they do not
             for network in networks.values():
@@ -956,7 +957,8 @@ class Run:
             self.seconds = seconds
         self.rows.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 2)})
         self.rows[-1].update(zip(losses, table.mean(0).tolist()))
-        self.write_csv()
+        if time.monotonic() - self.written > 1:  # all of it, which takes a while when rows are many
+            self.write_csv()
         show(self.line(f"{100 * done // self.steps_per_epoch}%"))
 
     def check_finite(self, table, names, epoch_ends):
@@ -971,6 +973,8 @@ class Run:
         if what:
             last = self.epoch - 1
             saved = f"{self.path('.pt')} holds epoch {last}" if last else "nothing was saved"
+            if self.rows:
+                self.write_csv()
             fail(f"{what}: training diverged, a smaller --lr may help; {saved}", 1)
 
     def end_epoch(self, samples, draw, test=None):
@@ -1008,6 +1012,7 @@ class Run:
         for row in self.rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         write_file(self.path(".csv"), text.getvalue().encode())
+        self.written = time.monotonic()
 
     def save_grid(self, what, images, columns=8):
         """NAME_what.png: images (N, C, H, W) in [0, 1], row by row."""

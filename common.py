@@ -883,7 +883,7 @@ class Run:
         self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
         self.rows, self.losses, self.progress = [], [], []
         self.epoch = self.step = self.seconds = 0
-        self.written = -math.inf  # when the CSV was
+        self.written = -math.inf  # when the CSV was written last
         self.steps_per_epoch = len(data.x_train) // args.images_per_step
         if args.device == "cpu":  # convolutions take a third less time; elsewhere they do not
             for network in networks.values():
@@ -1019,6 +1019,7 @@ class Run:
         save_png(self.path(f"_{what}.png"), make_grid(images.detach().cpu(), columns, padding=2))
 
     def save_checkpoint(self):
+        """NAME.pt: what --generate and --resume need."""
         state = {
             "script": self.args.name, "epoch": self.epoch, "flags": self.flags(),
             "data_identity": self.data.identity(), "shape": self.data.shape,

@@ -25,6 +25,7 @@ import tempfile
 import time
 import unittest
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -152,22 +153,26 @@ class CommandLine(TemporaryFolder):
         """By the real command line, from another folder; then again in this process: the same losses."""
         cwd = self.tmp / "cwd"
         cwd.mkdir()
-        for script in SCRIPTS:
-            with self.subTest(script):
-                out, again = self.tmp / script, self.tmp / "again" / script
-                command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--device", "cpu"]
-                command += ["--data", "synthetic"]
-                done = subprocess.run([*command, "--out", out], cwd=cwd, capture_output=True, text=True)
-                self.assertEqual((done.returncode, done.stderr), (0, ""))
-                self.assertEqual(list(cwd.iterdir()), [])
-                losses = self.check_files(script, out)
-                call(script, "--dry-run", "--out", again, "--log-every", 7)
-                self.assertEqual(self.check_files(script, again), losses)
-                call(script, "--generate", 3, "--out", again)
-                pictures = sorted((again / f"{script}_generated").rglob("*.png"))
-                self.assertEqual(len(pictures), 3)
-                if script != "dcgan":  # its images differ by less than a grey level after two steps
-                    self.assertEqual(len({path.read_bytes() for path in pictures}), 3)
+
+        def run(script):
+            command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--device", "cpu"]
+            command += ["--data", "synthetic", "--out", self.tmp / script]
+            return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(2) as pool:  # their time is that of importing torch, on one core
+            for script, done in zip(SCRIPTS, pool.map(run, SCRIPTS)):
+                with self.subTest(script):
+                    self.assertEqual((done.returncode, done.stderr), (0, ""))
+                    self.assertEqual(list(cwd.iterdir()), [])
+                    again = self.tmp / "again" / script
+                    losses = self.check_files(script, self.tmp / script)
+                    call(script, "--dry-run", "--out", again, "--log-every", 7)
+                    self.assertEqual(self.check_files(script, again), losses)
+                    call(script, "--generate", 3, "--out", again)
+                    pictures = sorted((again / f"{script}_generated").rglob("*.png"))
+                    self.assertEqual(len(pictures), 3)
+                    if script != "dcgan":  # its images differ by less than a grey level after two steps
+                        self.assertEqual(len({path.read_bytes() for path in pictures}), 3)
 
     def test_other_ways_to_train(self):
         def check(script, *flags, pictures=None):
@@ -381,10 +386,15 @@ class CommandLine(TemporaryFolder):
                 self.tiny_run("vae", self.tmp / "out", "--resume", *flags)
 
     def test_signals(self):
+        runs, env = {}, {**os.environ, "OMP_NUM_THREADS": "1"}  # a core for each
         for number in (signal.SIGINT, signal.SIGTERM):
+            command = [sys.executable, HERE / "vae.py", "--data", "synthetic", "--batch-size", "2"]
+            command += ["--out", self.tmp / number.name]
+            runs[number] = subprocess.Popen(
+                command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        for number, run in runs.items():
             out = self.tmp / number.name
-            command = [sys.executable, HERE / "vae.py", "--data", "synthetic", "--out", out]
-            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             while not (out / "vae.csv").exists() and run.poll() is None:
                 time.sleep(0.05)
             run.send_signal(number)

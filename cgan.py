@@ -113,7 +113,7 @@ def main(args):
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
         shape_d = (channels + n_classes, height, width)
-        discriminator = conv_discriminator(shape_d, args.width, hidden=[4 * args.width])
+        discriminator = conv_discriminator(shape_d, args.width, hidden=4 * args.width)
     generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
     generator, discriminator = generator.to(args.device), discriminator.to(args.device)
     generator_ema = average(generator)

@@ -559,8 +559,8 @@ def mlp_discriminator(shape, hidden, dropout=0.0):
     return Discriminator(nn.Flatten(), mlp(sizes, False, lambda: nn.LeakyReLU(0.2), dropout))
 
 
-def conv_discriminator(shape, width, hidden=()):
-    """A Discriminator of strided convolutions, then linear layers of `hidden` sizes.
+def conv_discriminator(shape, width, hidden):
+    """A Discriminator of strided convolutions, then a hidden linear layer of size `hidden`.
 
     Its features are the bare output of the last convolution but one: (B, C', H', W').
     """
@@ -568,7 +568,7 @@ def conv_discriminator(shape, width, hidden=()):
     top = nn.Sequential(
         nn.LeakyReLU(0.2), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
         nn.LeakyReLU(0.2, inplace=True), nn.Flatten(),
-        mlp([2 * c * -(-h // 2) * -(-w // 2), *hidden, 1], False, lambda: nn.LeakyReLU(0.2)),
+        mlp([2 * c * -(-h // 2) * -(-w // 2), hidden, 1], False, lambda: nn.LeakyReLU(0.2)),
     )  # fmt: skip
     return Discriminator(convs[:-1], top)  # without the last activation
 

@@ -117,7 +117,7 @@ def main(args):
         discriminator = mlp_discriminator(data.shape, args.hidden[::-1], args.dropout)
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
+        discriminator = conv_discriminator(data.shape, args.width, hidden=4 * args.width)
     generator, discriminator = generator.to(args.device), discriminator.to(args.device)
     generator_ema = average(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))

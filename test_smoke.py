@@ -386,13 +386,15 @@ class CommandLine(TemporaryFolder):
                 self.tiny_run("vae", self.tmp / "out", "--resume", *flags)
 
     def test_signals(self):
-        runs, env = {}, {**os.environ, "OMP_NUM_THREADS": "1"}  # a core for each
+        """Both runs at once, a core for each; batches of two make an epoch longer than the test."""
+        runs, env = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
         for number in (signal.SIGINT, signal.SIGTERM):
             command = [sys.executable, HERE / "vae.py", "--data", "synthetic", "--batch-size", "2"]
             command += ["--out", self.tmp / number.name]
             runs[number] = subprocess.Popen(
                 command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
+            self.addCleanup(runs[number].kill)  # where the test fails before its signal
         for number, run in runs.items():
             out = self.tmp / number.name
             while not (out / "vae.csv").exists() and run.poll() is None:
@@ -661,7 +663,7 @@ class Maths(unittest.TestCase):
         vaegan, args = load("vaegan", "--gamma", 0.1)
         shape, x = (1, 28, 28), common.draw_digits(8, 1)[0].float() / 255
         e = common.conv_encoder(shape, 4, 2 * args.latent_dim)
-        g, d = common.conv_decoder(shape, 4, args.latent_dim), common.conv_discriminator(shape, 4)
+        g, d = common.conv_decoder(shape, 4, args.latent_dim), common.conv_discriminator(shape, 4, 8)
         networks = copy.deepcopy((e, g, d))
         mu, logvar = e(x).chunk(2, 1)
         q = torch.distributions.Normal(mu, (logvar / 2).exp())
@@ -707,7 +709,7 @@ class Maths(unittest.TestCase):
                 module, args = load(script, *flags, "--batch-size", 8)
                 given, more = ([y], 10) if script == "cgan" else ([], 0)
                 g = common.conv_decoder((1, 28, 28), 4, args.latent_dim + more)
-                d = common.conv_discriminator((1 + more, 28, 28), 4)
+                d = common.conv_discriminator((1 + more, 28, 28), 4, 8)
                 if given:
                     g, d = common.Conditional(g), common.Conditional(d)
                 networks = copy.deepcopy((g, d))
@@ -736,7 +738,7 @@ class Maths(unittest.TestCase):
         self.assertAlmostEqual(penalty.item(), ((slope - 1) ** 2).item(), places=4)
         penalty.backward()
         self.assertTrue(critic.top[0].weight.grad.any())
-        for network in (critic, common.conv_discriminator((1, 28, 28), 4, hidden=[8])):
+        for network in (critic, common.conv_discriminator((1, 28, 28), 4, 8)):
             self.assertFalse([m for m in network.modules() if "BatchNorm" in type(m).__name__])
             generator = common.mlp_decoder((1, 28, 28), [8], args.latent_dim)
             for _ in range(3):
@@ -764,7 +766,7 @@ class Maths(unittest.TestCase):
 
     def test_label_planes(self):
         """They reach the discriminator's first layer as 0 and 1: -1 and 1 would outweigh the image."""
-        network, seen, y = common.conv_discriminator((11, 28, 28), 4), [], torch.eye(10)[:3]
+        network, seen, y = common.conv_discriminator((11, 28, 28), 4, 8), [], torch.eye(10)[:3]
         network.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 1:]))
         common.Conditional(network)(torch.rand(3, 1, 28, 28), y)
         self.assertTrue(torch.equal(seen[0], y[:, :, None, None].expand(-1, -1, 28, 28)))
@@ -814,7 +816,7 @@ class Maths(unittest.TestCase):
                 x = common.conv_decoder(shape, 2, 5, deep=deep)(torch.randn(2, 5))
                 self.assertEqual(x.shape, (2, *shape))
             self.assertEqual(common.conv_encoder(shape, 2, 6)(x).shape, (2, 6))
-            self.assertEqual(common.conv_discriminator(shape, 2)(x).shape, (2,))
+            self.assertEqual(common.conv_discriminator(shape, 2, 8)(x).shape, (2,))
             x = dcgan.Generator(shape, 2, 5)(torch.randn(2, 5))
             self.assertEqual(x.shape, (2, *shape))
             self.assertEqual(dcgan.Discriminator(shape, 2)(x).shape, (2,))

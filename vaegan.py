@@ -155,7 +155,7 @@ def main(args):
     data = load_data(args)
     encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim).to(args.device)
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
-    discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width]).to(args.device)
+    discriminator = conv_discriminator(data.shape, args.width, hidden=4 * args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))

@@ -153,7 +153,7 @@ def main(args):
     else:
         deep = args.lipschitz == "gp"
         generator = conv_decoder(data.shape, args.width, args.latent_dim, deep=deep)
-        critic = conv_discriminator(data.shape, args.width, hidden=[16 * args.width])
+        critic = conv_discriminator(data.shape, args.width, hidden=16 * args.width)
     generator, critic = generator.to(args.device), critic.to(args.device)
     generator_ema = average(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.9))

@@ -669,7 +669,9 @@ class Maths(unittest.TestCase):
         q = torch.distributions.Normal(mu, (logvar / 2).exp())
         torch.manual_seed(1)
         z = q.loc + q.scale * torch.randn_like(mu)
-        x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
+        prior = vaegan.Mixture(2, args.latent_dim)
+        prior.weights[0], prior.weights[1], prior.means[1], prior.stds[1] = 0, 1, 2, 0.5
+        x_recon, x_fake = g(torch.cat([z, 2 + 0.5 * torch.randn_like(z)])).sigmoid().chunk(2)
         x_real = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(d(x_real).sum(), x_real, create_graph=True)
         r1 = 0.3 / 2 * slope.square().sum() / 8
@@ -681,9 +683,28 @@ class Maths(unittest.TestCase):
 
         def step(optimizers):
             torch.manual_seed(1)
-            vaegan.train_step(x, 0.3, args, *networks, *optimizers)
+            vaegan.train_step(x, 0.3, args, prior, *networks, *optimizers)
 
         self.check_updates(networks, [gradient_e, gradient_g, gradient_d], step)
+
+    def test_mixture(self):
+        """Fitted to codes in two clusters, p(z) has their weights, means and deviations."""
+        vaegan, _ = load("vaegan")
+        torch.manual_seed(1)
+        noise, first = torch.randn(6000, 2), torch.arange(6000) < 2000
+        codes = torch.where(first[:, None], noise * torch.tensor([0.1, 0.5]) - 2, noise * 0.2 + 2)
+        for components in (0, 5):
+            prior = vaegan.Mixture(components, 2)
+            self.assertTrue(prior.sample(noise).equal(noise))  # N(0, I)
+        for _ in range(2):  # the second fit goes on from the first
+            prior.fit(codes)
+            z = prior.sample(noise)
+            self.assertAlmostEqual((z[:, 0] < 0).float().mean().item(), 1 / 3, delta=0.02)
+            for side, codes_there in ((z[:, 0] < 0, codes[first]), (z[:, 0] > 0, codes[~first])):
+                torch.testing.assert_close(z[side].mean(0), codes_there.mean(0), rtol=0, atol=0.03)
+                torch.testing.assert_close(z[side].std(0), codes_there.std(0), rtol=0.1, atol=0)
+        u = torch.rand(6000)
+        self.assertTrue(prior.sample(noise, u).equal(prior.sample(noise, u)))
 
     def test_gan_updates(self):
         """As for vaegan.py, by the losses of each of the GANs."""

@@ -8,8 +8,8 @@ Larsen, Sonderby, Larochelle, Winther: Autoencoding beyond pixels using a learne
 2016, arXiv 1512.09300.
 
 A VAE whose decoder is also a GAN's generator. Images are compared in the discriminator's features f
-instead of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ N(0, I),
-per image and averaged over the batch:
+instead of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ p(z), per
+image and averaged over the batch:
 
     loss_kl       = KL(q(z|x) || N(0, I))
     loss_features = 1/2 ||f(x) - f(x_recon)||^2
@@ -22,10 +22,14 @@ per image and averaged over the batch:
     decoder        minimises  loss_g
 
 Differences from the paper:
-- small networks, 6 latent dimensions and batches of 16 for 28 x 28 digits (the paper: 64 x 64 faces, 128
+- small networks, 8 latent dimensions and batches of 16 for 28 x 28 digits (the paper: 64 x 64 faces, 128
   dimensions, batches of 64); no batch norm in the discriminator, whose input is centred and whose
   initialisation is He's; its features are taken before the activation;
 - a discriminator that learns more slowly than the other two (--lr-d; the paper: as fast);
+- p(z), from which samples are drawn, is a mixture of Gaussians fitted to the codes of training images,
+  again and again as these move (--components; 0: N(0, I), as in the paper). N(0, I) has much of its mass
+  between the clusters of the codes, and what the decoder draws there is no digit. A mixture fitted once,
+  after the training: Ghosh et al. 2020, arXiv 1903.12436;
 - the penalty (R1 of Mescheder et al. 2018, arXiv 1801.04406), without which the discriminator slowly
   wins over many epochs. It begins with the second, as in the first it would only hold the discriminator
   back, and comes at every eighth step;
@@ -48,6 +52,8 @@ d_fake = D(x_fake).
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Normal
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
@@ -55,24 +61,62 @@ from common import (
 )  # fmt: skip
 
 R1_EVERY = 8  # steps: eight times the weight at one step in eight takes less time
+FIT_EVERY, FIT_CODES = 250, 4096  # steps between two fits of p(z), and how many codes each looks at
 
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=3e-3, latent_dim=6, width=16,
+        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=3e-3, latent_dim=8, width=16,
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
-    add("--beta", type=number(float, 0), default=18.0, help="weight of the KL divergence")
+    add("--beta", type=number(float, 0), default=5.0, help="weight of the KL divergence")
     add("--gamma", type=number(float, 0), default=5e-3,
         help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.2, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
+    add("--components", type=number(int, 0), default=64,
+        help="Gaussians in p(z), the mixture that samples come from; 0: N(0, I)")  # fmt: skip
     add("--r1", type=number(float, 0), default=0.05,
         help="weight of the penalty on the discriminator's slope, from the second epoch on")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.999,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
+
+
+class Mixture(nn.Module):
+    """p(z): a mixture of K diagonal Gaussians. N(0, I) until it is fitted, and with K = 0."""
+
+    def __init__(self, components, latent_dim):
+        super().__init__()
+        self.register_buffer("weights", torch.full((components,), 1 / max(components, 1)))
+        self.register_buffer("means", torch.zeros(components, latent_dim))
+        self.register_buffer("stds", torch.ones(components, latent_dim))
+
+    def sample(self, noise, u=None):
+        """z (N, latent_dim) from noise ~ N(0, I) of that shape; u (N,) ~ U(0, 1) selects components."""
+        if not len(self.weights):
+            return noise
+        u = torch.rand(len(noise), device=noise.device) if u is None else u
+        k = torch.bucketize(u, self.weights.cumsum(0)[:-1])
+        return self.means[k] + self.stds[k] * noise
+
+    @torch.no_grad()
+    def fit(self, z, steps=10):
+        """Expectation maximisation on z (N, latent_dim), going on from the last fit."""
+        n_components = len(self.weights)
+        # Components that were never fitted, or lost their codes, begin at a code
+        new = (self.means == 0).all(1) | (self.weights < 0.1 / n_components)
+        self.means[new] = z[torch.randint(len(z), (n_components,), device=z.device)][new]
+        self.stds[new] = z.std(0) / 2
+        self.weights[new] = 1 / n_components
+        for _ in range(steps):
+            log_p = self.weights.log() + Normal(self.means, self.stds).log_prob(z[:, None]).sum(2)
+            p = log_p.softmax(1)  # (N, K): which component each code came from
+            n = p.sum(0).clamp(min=1e-6)[:, None]
+            self.means = p.T @ z / n
+            self.stds = (p.T @ z.square() / n - self.means.square()).clamp(min=1e-6).sqrt()
+            self.weights = n[:, 0] / n.sum()
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
@@ -97,7 +141,7 @@ def gradient_penalty(discriminator, x):
     return gradient.square().flatten(1).sum(1).mean() / 2
 
 
-def train_step(x, r1, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
+def train_step(x, r1, args, prior, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """One update of each network on x (B, C, H, W), with the weight r1 of this step's gradient penalty.
 
     Returns detached scalars for the CSV.
@@ -105,7 +149,7 @@ def train_step(x, r1, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d
     mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
     z = reparameterize(mu, logvar)
     # One batch, and so one batch norm statistic for both, as there is in eval mode
-    x_recon_fake = decoder(torch.cat([z, torch.randn_like(z)])).sigmoid()
+    x_recon_fake = decoder(torch.cat([z, prior.sample(torch.randn_like(z))])).sigmoid()
     features = discriminator.features(torch.cat([x, x_recon_fake]))
     f, f_recon, _ = features.chunk(3)
     d_real, d_recon, d_fake = discriminator.head(features).chunk(3)
@@ -157,31 +201,38 @@ def main(args):
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
     discriminator = conv_discriminator(data.shape, args.width, hidden=4 * args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
+    prior = Mixture(args.components, args.latent_dim).to(args.device)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
     networks = {
         "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
-        "encoder_ema": encoder_ema, "decoder_ema": decoder_ema,
+        "encoder_ema": encoder_ema, "decoder_ema": decoder_ema, "prior": prior,
     }  # fmt: skip
     run = Run(args, data, networks, {"encoder": opt_e, "decoder": opt_g, "discriminator": opt_d})
 
     def draw(n):
-        return sample(decoder_ema, torch.randn(n, args.latent_dim, device=args.device)), None
+        noise = torch.randn(n, args.latent_dim, device=args.device)
+        return sample(decoder_ema, prior.sample(noise)), None
 
     if args.generate:
         return run.generate(draw)
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
+    noise_fixed = torch.randn(64, args.latent_dim).to(args.device)
+    u_fixed = torch.rand(64).to(args.device)
     x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():
         for x, _ in data.batches(args.batch_size, args.translate):
             r1 = 0 if epoch == 1 or run.step % R1_EVERY else args.r1 * R1_EVERY
-            losses = train_step(x, r1, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
+            losses = train_step(x, r1, args, prior, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
             update_average(encoder_ema, encoder, args.ema, run.step)
             update_average(decoder_ema, decoder, args.ema, run.step)
             run.log(losses)
-        x_fake, mu = sample(decoder_ema, z_fixed), encode(encoder_ema, x_fixed)
+            if args.components and 0 in (run.step % FIT_EVERY, run.step % run.steps_per_epoch):
+                images, _ = next(data.batches(min(FIT_CODES, len(data.x_train)), args.translate))
+                prior.fit(reparameterize(*predict(encoder_ema, images).chunk(2, 1)))
+        x_fake = sample(decoder_ema, prior.sample(noise_fixed, u_fixed))
+        mu = encode(encoder_ema, x_fixed)
         x_recon = sample(decoder_ema, mu)
         run.save_grid("samples", x_fake)
         run.save_grid("reconstructions", torch.stack([x_fixed, x_recon], 1).flatten(0, 1))

@@ -703,8 +703,10 @@ class Maths(unittest.TestCase):
             for side, codes_there in ((z[:, 0] < 0, codes[first]), (z[:, 0] > 0, codes[~first])):
                 torch.testing.assert_close(z[side].mean(0), codes_there.mean(0), rtol=0, atol=0.03)
                 torch.testing.assert_close(z[side].std(0), codes_there.std(0), rtol=0.1, atol=0)
-        u = torch.rand(6000)
-        self.assertTrue(prior.sample(noise, u).equal(prior.sample(noise, u)))
+        gumbel = torch.distributions.Gumbel(0.0, 1.0).sample((6000, 5))
+        z = prior.sample(noise, gumbel)
+        self.assertTrue(z.equal(prior.sample(noise, gumbel)))
+        self.assertAlmostEqual((z[:, 0] < 0).float().mean().item(), 1 / 3, delta=0.02)
 
     def test_gan_updates(self):
         """As for vaegan.py, by the losses of each of the GANs."""

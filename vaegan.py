@@ -53,7 +53,7 @@ d_fake = D(x_fake).
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Gumbel, Normal
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
@@ -93,12 +93,18 @@ class Mixture(nn.Module):
         self.register_buffer("means", torch.zeros(components, latent_dim))
         self.register_buffer("stds", torch.ones(components, latent_dim))
 
-    def sample(self, noise, u=None):
-        """z (N, latent_dim) from noise ~ N(0, I) of that shape; u (N,) ~ U(0, 1) selects components."""
+    def sample(self, noise, gumbel=None):
+        """z (N, latent_dim) from noise ~ N(0, I) of that shape.
+
+        `gumbel` (N, K), from Gumbel(0, 1), fixes the choice of components but for changes of p(z).
+        """
         if not len(self.weights):
             return noise
-        u = torch.rand(len(noise), device=noise.device) if u is None else u
-        k = torch.bucketize(u, self.weights.cumsum(0)[:-1])
+        if gumbel is None:
+            u = torch.rand(len(noise), device=noise.device)
+            k = torch.bucketize(u, self.weights.cumsum(0)[:-1])
+        else:
+            k = (self.weights.log() + gumbel).argmax(1)
         return self.means[k] + self.stds[k] * noise
 
     @torch.no_grad()
@@ -218,7 +224,7 @@ def main(args):
     if args.generate:
         return run.generate(draw)
     noise_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    u_fixed = torch.rand(64).to(args.device)
+    gumbel_fixed = Gumbel(0.0, 1.0).sample((64, args.components)).to(args.device)
     x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():
@@ -231,7 +237,7 @@ def main(args):
             if args.components and 0 in (run.step % FIT_EVERY, run.step % run.steps_per_epoch):
                 images, _ = next(data.batches(min(FIT_CODES, len(data.x_train)), args.translate))
                 prior.fit(reparameterize(*predict(encoder_ema, images).chunk(2, 1)))
-        x_fake = sample(decoder_ema, prior.sample(noise_fixed, u_fixed))
+        x_fake = sample(decoder_ema, prior.sample(noise_fixed, gumbel_fixed))
         mu = encode(encoder_ema, x_fixed)
         x_recon = sample(decoder_ema, mu)
         run.save_grid("samples", x_fake)

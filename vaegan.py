@@ -114,10 +114,11 @@ class Mixture(nn.Module):
         # Components that were never fitted, or lost their codes, begin at a code
         new = (self.means == 0).all(1) | (self.weights < 0.1 / n_components)
         self.means[new] = z[torch.randint(len(z), (n_components,), device=z.device)][new]
-        self.stds[new] = z.std(0) / 2
+        self.stds[new] = z.std(0, correction=0).clamp(min=1e-3) / 2
         self.weights[new] = 1 / n_components
         for _ in range(steps):
-            log_p = self.weights.log() + Normal(self.means, self.stds).log_prob(z[:, None]).sum(2)
+            normals = Normal(self.means, self.stds, validate_args=False)  # NaN ends the run elsewhere
+            log_p = self.weights.log() + normals.log_prob(z[:, None]).sum(2)
             p = log_p.softmax(1)  # (N, K): which component each code came from
             n = p.sum(0).clamp(min=1e-6)[:, None]
             self.means = p.T @ z / n

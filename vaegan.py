@@ -38,7 +38,8 @@ Differences from the paper:
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
 - reconstructions and samples share a batch, and with it the decoder's batch norm;
 - Adam at 3e-3 (the paper: RMSprop at 3e-4);
-- the pictures come from an exponential moving average of the weights (--ema).
+- the pictures, and the codes that p(z) is fitted to, come from an exponential moving average of the
+  weights (--ema).
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
@@ -85,7 +86,10 @@ def parse_args():
 
 
 class Mixture(nn.Module):
-    """p(z): a mixture of K diagonal Gaussians. N(0, I) until it is fitted, and with K = 0."""
+    """p(z): a mixture of K diagonal Gaussians. N(0, I) until it is fitted, and with K = 0.
+
+    weights (K,), which sum to 1; means and stds (K, latent_dim).
+    """
 
     def __init__(self, components, latent_dim):
         super().__init__()
@@ -235,7 +239,8 @@ def main(args):
             update_average(encoder_ema, encoder, args.ema, run.step)
             update_average(decoder_ema, decoder, args.ema, run.step)
             run.log(losses)
-            if args.components and 0 in (run.step % FIT_EVERY, run.step % run.steps_per_epoch):
+            epoch_ends = run.step == epoch * run.steps_per_epoch
+            if args.components and (epoch_ends or run.step % FIT_EVERY == 0):
                 images, _ = next(data.batches(min(FIT_CODES, len(data.x_train)), args.translate))
                 prior.fit(reparameterize(*predict(encoder_ema, images).chunk(2, 1)))
         x_fake = sample(decoder_ema, prior.sample(noise_fixed, gumbel_fixed))

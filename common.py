@@ -876,12 +876,13 @@ class Run:
     """The files of one run, and what it says on the screen.
 
     `networks` and `optimizers`: dicts, by the names that they have in the checkpoint. The CSV has
-    a row every --log-every steps and at each epoch's end.
+    a row every --log-every steps and at each epoch's end. Over the first `warmup` steps the learning
+    rate rises to --lr.
     """
 
-    def __init__(self, args, data, networks, optimizers):
+    def __init__(self, args, data, networks, optimizers, warmup=0):
         self.args, self.data, self.networks, self.optimizers = args, data, networks, optimizers
-        self.rows, self.losses, self.progress = [], [], []
+        self.warmup, self.rows, self.losses, self.progress = warmup, [], [], []
         self.epoch = self.step = self.seconds = 0
         self.written = -math.inf  # when the CSV was written last
         self.steps_per_epoch = len(data.x_train) // args.images_per_step
@@ -893,6 +894,7 @@ class Run:
         self.score = Score(data, args) if args.score else None
         if args.generate:
             return
+        self.schedule()
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a run as it ends other tools
         flags = ", ".join(f"{key} {value}" for key, value in self.flags().items())
@@ -914,7 +916,6 @@ class Run:
             optimizer.load_state_dict(saved["optimizers"][name])
         self.epoch, self.rows, self.seconds = saved["epoch"], saved["rows"], saved["seconds"]
         self.step, self.progress = self.epoch * self.steps_per_epoch, [saved["progress"]]
-        self.schedule()
         self.write_csv()  # without the rows of an epoch that was not completed
 
     def path(self, what):
@@ -935,12 +936,12 @@ class Run:
 
     def schedule(self):
         """Set the learning rate of the next step."""
-        left = 1.0
+        factor = min((self.step + 1) / max(self.warmup, 1), 1)
         if self.args.lr_schedule == "linear":
-            left -= self.step / (self.args.epochs * self.steps_per_epoch)
+            factor *= 1 - self.step / (self.args.epochs * self.steps_per_epoch)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * left
+                group["lr"] = optimizer.defaults["lr"] * factor
 
     def log(self, losses):
         """After every step: a dict of detached scalars, whose means over the interval make a row."""

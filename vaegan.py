@@ -22,9 +22,11 @@ image and averaged over the batch:
     decoder        minimises  loss_g
 
 Differences from the paper:
-- small networks, 8 latent dimensions and batches of 16 for 28 x 28 digits (the paper: 64 x 64 faces, 128
-  dimensions, batches of 64); no batch norm in the discriminator, whose input is centred and whose
-  initialisation is He's; its features are taken before the activation;
+- small networks and 10 latent dimensions for 28 x 28 digits (the paper: 128 for 64 x 64 faces); the
+  discriminator is twice as wide as the others and has no batch norm, its input is centred, its
+  initialisation He's, and its features are taken before the activation;
+- every other image of a batch is encoded and reconstructed, beside as many samples (the paper: every
+  image): the discriminator sees as many real images as generated ones, and a step costs less;
 - a discriminator that learns more slowly than the other two (--lr-d; the paper: as fast);
 - p(z), from which samples are drawn, is a mixture of Gaussians fitted to the codes of training images,
   again and again as these move (--components; 0: N(0, I), as in the paper). N(0, I) has much of its mass
@@ -37,9 +39,9 @@ Differences from the paper:
   of the encoder; beta is the variance of the Gaussian around f(x_recon);
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
 - reconstructions and samples share a batch, and with it the decoder's batch norm;
-- Adam at 3e-3 (the paper: RMSprop at 3e-4);
-- the pictures, and the codes that p(z) is fitted to, come from an exponential moving average of the
-  weights (--ema).
+- Adam at 6e-3 (the paper: RMSprop at 3e-4; here its rate rises over the first 100 steps);
+- the pictures, and the codes that p(z) is fitted to (the means of q(z|x)), come from an exponential
+  moving average of the weights (--ema).
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
@@ -54,7 +56,6 @@ d_fake = D(x_fake).
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Gumbel, Normal
 
 from common import (
     Run, average, conv_decoder, conv_discriminator, conv_encoder, interpolate, kl_divergence, load_data,
@@ -62,57 +63,56 @@ from common import (
 )  # fmt: skip
 
 R1_EVERY = 8  # steps: eight times the weight at one step in eight takes less time
-FIT_EVERY, FIT_CODES = 250, 4096  # steps between two fits of p(z), and how many codes each looks at
+FIT_EVERY, FIT_CODES = 150, 8192  # steps between two fits of p(z), and how many codes each looks at
+CODES_EACH = 32  # at least, for a component: with fewer, p(z) would learn the training images by heart
 
 
 def parse_args():
     parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=3e-3, latent_dim=8, width=16,
+        __file__, __doc__, epochs=10, batch_size=64, opt="adam", lr=6e-3, latent_dim=10, width=8,
         lr_schedule="constant",
     )  # fmt: skip
     add = parser.add_argument
     add("--beta", type=number(float, 0), default=5.0, help="weight of the KL divergence")
-    add("--gamma", type=number(float, 0), default=5e-3,
+    add("--gamma", type=number(float, 0), default=0.02,
         help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.2, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--components", type=number(int, 0), default=64,
-        help="Gaussians in p(z), the mixture that samples come from; 0: N(0, I)")  # fmt: skip
+    add("--components", type=number(int, 0), default=256,
+        help="Gaussians in p(z), the mixture that samples come from, fewer with less than 8,192 "
+        "training images; 0: N(0, I)")  # fmt: skip
     add("--r1", type=number(float, 0), default=0.05,
         help="weight of the penalty on the discriminator's slope, from the second epoch on")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.999,
+    add("--ema", type=number(float, 0, 0.9999), default=0.996,
         help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
     return parse(parser)
 
 
 class Mixture(nn.Module):
-    """p(z): a mixture of K diagonal Gaussians. N(0, I) until it is fitted, and with K = 0.
+    """p(z): a mixture of K diagonal Gaussians. N(0, I) until it is fitted.
 
     weights (K,), which sum to 1; means and stds (K, latent_dim).
     """
 
     def __init__(self, components, latent_dim):
         super().__init__()
-        self.register_buffer("weights", torch.full((components,), 1 / max(components, 1)))
+        self.register_buffer("weights", torch.full((components,), 1 / components))
         self.register_buffer("means", torch.zeros(components, latent_dim))
         self.register_buffer("stds", torch.ones(components, latent_dim))
 
-    def sample(self, noise, gumbel=None):
-        """z (N, latent_dim) from noise ~ N(0, I) of that shape.
+    def noise(self, n):
+        """What sample() makes n codes of: Gumbel noise (n, K), which chooses components, and
+        normal noise (n, latent_dim)."""
+        gumbel = -torch.empty(n, len(self.weights), device=self.weights.device).exponential_().log()
+        return gumbel, torch.randn(n, self.means.shape[1], device=self.means.device)
 
-        `gumbel` (N, K), from Gumbel(0, 1), fixes the choice of components but for changes of p(z).
-        """
-        if not len(self.weights):
-            return noise
-        if gumbel is None:
-            u = torch.rand(len(noise), device=noise.device)
-            k = torch.bucketize(u, self.weights.cumsum(0)[:-1])
-        else:
-            k = (self.weights.log() + gumbel).argmax(1)
-        return self.means[k] + self.stds[k] * noise
+    def sample(self, gumbel, normal):
+        """z (n, latent_dim). The same noise gives the same codes but for what a fit changes."""
+        k = (self.weights.log() + gumbel).argmax(1)
+        return self.means[k] + self.stds[k] * normal
 
     @torch.no_grad()
-    def fit(self, z, steps=10):
+    def fit(self, z, steps=5):
         """Expectation maximisation on z (N, latent_dim), going on from the last fit."""
         n_components = len(self.weights)
         # Components that were never fitted, or lost their codes, begin at a code
@@ -121,8 +121,10 @@ class Mixture(nn.Module):
         self.stds[new] = z.std(0, correction=0).clamp(min=1e-3) / 2
         self.weights[new] = 1 / n_components
         for _ in range(steps):
-            normals = Normal(self.means, self.stds, validate_args=False)  # NaN ends the run elsewhere
-            log_p = self.weights.log() + normals.log_prob(z[:, None]).sum(2)
+            # log N(z | mean, std^2) with its square multiplied out: two products of matrices
+            precision = self.stds.pow(-2)
+            log_p = z @ (self.means * precision).T - z.square() @ precision.T / 2
+            log_p += self.weights.log() - (self.means.square() * precision / 2 + self.stds.log()).sum(1)
             p = log_p.softmax(1)  # (N, K): which component each code came from
             n = p.sum(0).clamp(min=1e-6)[:, None]
             self.means = p.T @ z / n
@@ -131,12 +133,12 @@ class Mixture(nn.Module):
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
-    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), averaged."""
-    return (F.softplus(-d_real) + F.softplus(d_recon) + F.softplus(d_fake)).mean()
+    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), (H,), (H,), averaged."""
+    return F.softplus(-d_real).mean() + (F.softplus(d_recon) + F.softplus(d_fake)).mean()
 
 
 def adversarial_loss(d_recon, d_fake):
-    """-log D(x_recon) - log D(x_fake) from logits (B,), averaged."""
+    """-log D(x_recon) - log D(x_fake) from logits (H,), averaged."""
     return (F.softplus(-d_recon) + F.softplus(-d_fake)).mean()
 
 
@@ -157,15 +159,16 @@ def train_step(x, r1, args, prior, encoder, decoder, discriminator, opt_e, opt_g
 
     Returns detached scalars for the CSV.
     """
-    mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
+    # The discriminator sees as many real images as generated ones: half of x is reconstructed
+    mu, logvar = encoder(x[::2]).chunk(2, 1)  # (H, latent_dim) each
     z = reparameterize(mu, logvar)
     # One batch, and so one batch norm statistic for both, as there is in eval mode
-    x_recon_fake = decoder(torch.cat([z, prior.sample(torch.randn_like(z))])).sigmoid()
-    features = discriminator.features(torch.cat([x, x_recon_fake]))
-    f, f_recon, _ = features.chunk(3)
-    d_real, d_recon, d_fake = discriminator.head(features).chunk(3)
+    x_recon_fake = decoder(torch.cat([z, prior.sample(*prior.noise(len(z)))])).sigmoid()
+    f_real, f_recon_fake = discriminator.features(x), discriminator.features(x_recon_fake)
+    d_real = discriminator.head(f_real)
+    d_recon, d_fake = discriminator.head(f_recon_fake).chunk(2)
     loss_kl = kl_divergence(mu, logvar).mean()
-    loss_features = feature_loss(f, f_recon)
+    loss_features = feature_loss(f_real[::2], f_recon_fake[: len(z)])
 
     # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
     loss_d = discriminator_loss(d_real, d_recon, d_fake)
@@ -210,26 +213,28 @@ def main(args):
     data = load_data(args)
     encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim).to(args.device)
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
-    discriminator = conv_discriminator(data.shape, args.width, hidden=4 * args.width).to(args.device)
+    discriminator = conv_discriminator(data.shape, 2 * args.width, hidden=8 * args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
-    prior = Mixture(args.components, args.latent_dim).to(args.device)
-    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
-    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    n_codes = min(FIT_CODES, len(data.x_train))
+    components = max(min(args.components, n_codes // CODES_EACH), 1)
+    prior = Mixture(components, args.latent_dim).to(args.device)
+    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.99))
+    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.99))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.99))
     networks = {
         "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
         "encoder_ema": encoder_ema, "decoder_ema": decoder_ema, "prior": prior,
     }  # fmt: skip
-    run = Run(args, data, networks, {"encoder": opt_e, "decoder": opt_g, "discriminator": opt_d})
+    optimizers = {"encoder": opt_e, "decoder": opt_g, "discriminator": opt_d}
+    # RMSprop lacks Adam's correction for a short past: its first steps would be up to ten times as long
+    run = Run(args, data, networks, optimizers, warmup=100 if args.opt == "rmsprop" else 0)
 
     def draw(n):
-        noise = torch.randn(n, args.latent_dim, device=args.device)
-        return sample(decoder_ema, prior.sample(noise)), None
+        return sample(decoder_ema, prior.sample(*prior.noise(n))), None
 
     if args.generate:
         return run.generate(draw)
-    noise_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    gumbel_fixed = Gumbel(0.0, 1.0).sample((64, args.components)).to(args.device)
+    noise_fixed = prior.noise(64)
     x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():
@@ -241,9 +246,9 @@ def main(args):
             run.log(losses)
             epoch_ends = run.step == epoch * run.steps_per_epoch
             if args.components and (epoch_ends or run.step % FIT_EVERY == 0):
-                images, _ = next(data.batches(min(FIT_CODES, len(data.x_train)), args.translate))
-                prior.fit(reparameterize(*predict(encoder_ema, images).chunk(2, 1)))
-        x_fake = sample(decoder_ema, prior.sample(noise_fixed, gumbel_fixed))
+                images, _ = next(data.batches(n_codes, args.translate))
+                prior.fit(encode(encoder_ema, images))
+        x_fake = sample(decoder_ema, prior.sample(*noise_fixed))
         mu = encode(encoder_ema, x_fixed)
         x_recon = sample(decoder_ema, mu)
         run.save_grid("samples", x_fake)

@@ -707,6 +707,17 @@ class Maths(unittest.TestCase):
                 torch.testing.assert_close(z[side].mean(0), codes_there.mean(0), rtol=0, atol=0.03)
                 torch.testing.assert_close(z[side].std(0), codes_there.std(0), rtol=0.1, atol=0)
 
+    def test_mixture_of_few_codes(self):
+        """Each component has at least 32 codes: the others are never drawn."""
+        vaegan, _ = load("vaegan")
+        for n, used in ((9, 1), (100, 3)):
+            prior = vaegan.Mixture(5, 2)
+            for _ in range(2):
+                prior.fit(torch.randn(n, 2))
+            self.assertEqual(prior.weights.count_nonzero(), used)
+            self.assertAlmostEqual(prior.weights.sum().item(), 1, places=4)
+            self.assertTrue(prior.sample(*prior.noise(1000)).isfinite().all())
+
     def test_gan_updates(self):
         """As for vaegan.py, by the losses of each of the GANs."""
 

@@ -64,7 +64,7 @@ from common import (
 
 R1_EVERY = 8  # steps: eight times the weight at one step in eight takes less time
 FIT_EVERY, FIT_CODES = 150, 8192  # steps between two fits of p(z), and how many codes each looks at
-CODES_EACH = 32  # at least, for a component: with fewer, p(z) would learn the training images by heart
+CODES_EACH = 32  # at least, for each component: with fewer, p(z) would learn images by heart
 
 
 def parse_args():
@@ -78,9 +78,9 @@ def parse_args():
         help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.2, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--components", type=number(int, 0), default=256,
-        help="Gaussians in p(z), the mixture that samples come from, fewer with less than 8,192 "
-        "training images; 0: N(0, I)")  # fmt: skip
+    add("--components", type=number(int, 0, 256), default=256,
+        help="Gaussians in p(z), the mixture that samples come from, one for 32 training "
+        "images at most; 0: N(0, I)")  # fmt: skip
     add("--r1", type=number(float, 0), default=0.05,
         help="weight of the penalty on the discriminator's slope, from the second epoch on")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.996,
@@ -113,13 +113,18 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def fit(self, z, steps=5):
-        """Expectation maximisation on z (N, latent_dim), going on from the last fit."""
+        """Expectation maximisation on z (N, latent_dim), going on from the last fit.
+
+        With less than CODES_EACH codes for each component, the last of them get no weight.
+        """
         n_components = len(self.weights)
+        used = torch.arange(n_components, device=z.device) < max(len(z) // CODES_EACH, 1)
         # Components that were never fitted, or lost their codes, begin at a code
-        new = (self.means == 0).all(1) | (self.weights < 0.1 / n_components)
+        new = used & ((self.means == 0).all(1) | (self.weights < 0.1 / n_components))
         self.means[new] = z[torch.randint(len(z), (n_components,), device=z.device)][new]
         self.stds[new] = z.std(0, correction=0).clamp(min=1e-3) / 2
         self.weights[new] = 1 / n_components
+        self.weights *= used
         for _ in range(steps):
             # log N(z | mean, std^2) with its square multiplied out: two products of matrices
             precision = self.stds.pow(-2)
@@ -129,16 +134,16 @@ class Mixture(nn.Module):
             n = p.sum(0).clamp(min=1e-6)[:, None]
             self.means = p.T @ z / n
             self.stds = (p.T @ z.square() / n - self.means.square()).clamp(min=1e-6).sqrt()
-            self.weights = n[:, 0] / n.sum()
+            self.weights = used * n[:, 0] / n.sum()
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
-    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), (H,), (H,), averaged."""
+    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), averaged each."""
     return F.softplus(-d_real).mean() + (F.softplus(d_recon) + F.softplus(d_fake)).mean()
 
 
 def adversarial_loss(d_recon, d_fake):
-    """-log D(x_recon) - log D(x_fake) from logits (H,), averaged."""
+    """-log D(x_recon) - log D(x_fake) from logits (B / 2,), averaged."""
     return (F.softplus(-d_recon) + F.softplus(-d_fake)).mean()
 
 
@@ -160,7 +165,7 @@ def train_step(x, r1, args, prior, encoder, decoder, discriminator, opt_e, opt_g
     Returns detached scalars for the CSV.
     """
     # The discriminator sees as many real images as generated ones: half of x is reconstructed
-    mu, logvar = encoder(x[::2]).chunk(2, 1)  # (H, latent_dim) each
+    mu, logvar = encoder(x[::2]).chunk(2, 1)  # (B / 2, latent_dim) each
     z = reparameterize(mu, logvar)
     # One batch, and so one batch norm statistic for both, as there is in eval mode
     x_recon_fake = decoder(torch.cat([z, prior.sample(*prior.noise(len(z)))])).sigmoid()
@@ -215,9 +220,7 @@ def main(args):
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
     discriminator = conv_discriminator(data.shape, 2 * args.width, hidden=8 * args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
-    n_codes = min(FIT_CODES, len(data.x_train))
-    components = max(min(args.components, n_codes // CODES_EACH), 1)
-    prior = Mixture(components, args.latent_dim).to(args.device)
+    prior = Mixture(max(args.components, 1), args.latent_dim).to(args.device)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.99))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.99))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.99))
@@ -246,7 +249,7 @@ def main(args):
             run.log(losses)
             epoch_ends = run.step == epoch * run.steps_per_epoch
             if args.components and (epoch_ends or run.step % FIT_EVERY == 0):
-                images, _ = next(data.batches(n_codes, args.translate))
+                images, _ = next(data.batches(min(FIT_CODES, len(data.x_train)), args.translate))
                 prior.fit(encode(encoder_ema, images))
         x_fake = sample(decoder_ema, prior.sample(*noise_fixed))
         mu = encode(encoder_ema, x_fixed)

@@ -138,7 +138,10 @@ class Mixture(nn.Module):
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
-    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)) from logits (B,), averaged each."""
+    """-log D(x) - log(1 - D(x_recon)) - log(1 - D(x_fake)), averaged.
+
+    From logits: d_real (B,), d_recon and d_fake (B / 2,).
+    """
     return F.softplus(-d_real).mean() + (F.softplus(d_recon) + F.softplus(d_fake)).mean()
 
 

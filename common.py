@@ -877,7 +877,7 @@ class Run:
 
     `networks` and `optimizers`: dicts, by the names that they have in the checkpoint. The CSV has
     a row every --log-every steps and at each epoch's end. Over the first `warmup` steps the learning
-    rate rises to --lr.
+    rates rise to their values.
     """
 
     def __init__(self, args, data, networks, optimizers, warmup=0):

@@ -23,8 +23,8 @@ image and averaged over the batch:
 
 Differences from the paper:
 - small networks and 10 latent dimensions for 28 x 28 digits (the paper: 128 for 64 x 64 faces); the
-  discriminator is twice as wide as the others and has no batch norm, its input is centred, its
-  initialisation He's, and its features are taken before the activation;
+  discriminator has twice the encoder's channels, as the decoder has, and no batch norm; its input is
+  centred, its initialisation He's, and its features are taken before the activation;
 - every other image of a batch is encoded and reconstructed, beside as many samples (the paper: every
   image): the discriminator sees as many real images as generated ones, and a step costs less;
 - a discriminator that learns more slowly than the other two (--lr-d; the paper: as fast);
@@ -39,12 +39,12 @@ Differences from the paper:
   of the encoder; beta is the variance of the Gaussian around f(x_recon);
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
 - reconstructions and samples share a batch, and with it the decoder's batch norm;
-- Adam at 6e-3 (the paper: RMSprop at 3e-4; here its rate rises over the first 100 steps);
+- Adam at 6e-3 (the paper: RMSprop at 3e-4; with --opt rmsprop the rate rises over the first 100 steps);
 - the pictures, and the codes that p(z) is fitted to (the means of q(z|x)), come from an exponential
   moving average of the weights (--ema).
 
     python vaegan.py --epochs 1 --opt adam
-    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128 --batch-size 64
+    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 32 --latent-dim 128
 
 Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
 vaegan_interpolation.png, vaegan_traversal.png, vaegan.pt. Columns of the CSV, as means over the rows'
@@ -64,7 +64,7 @@ from common import (
 
 R1_EVERY = 8  # steps: eight times the weight at one step in eight takes less time
 FIT_EVERY, FIT_CODES = 150, 8192  # steps between two fits of p(z), and how many codes each looks at
-CODES_EACH = 32  # at least, for each component: with fewer, p(z) would learn images by heart
+CODES_EACH = 32  # at least, for a component on average: with fewer, p(z) would learn images by heart
 
 
 def parse_args():
@@ -78,9 +78,10 @@ def parse_args():
         help="weight of the feature error in the decoder's loss")  # fmt: skip
     add("--lr-d", type=number(float, 1e-9), default=0.2, metavar="FACTOR",
         help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--components", type=number(int, 0, 256), default=256,
-        help="Gaussians in p(z), the mixture that samples come from, one for 32 training "
-        "images at most; 0: N(0, I)")  # fmt: skip
+    most = FIT_CODES // CODES_EACH
+    add("--components", type=number(int, 0, most), default=most,
+        help="Gaussians in p(z), the mixture that samples come from, of which one for every 32 "
+        "training images is used; 0: N(0, I)")  # fmt: skip
     add("--r1", type=number(float, 0), default=0.05,
         help="weight of the penalty on the discriminator's slope, from the second epoch on")  # fmt: skip
     add("--ema", type=number(float, 0, 0.9999), default=0.996,
@@ -115,26 +116,28 @@ class Mixture(nn.Module):
     def fit(self, z, steps=5):
         """Expectation maximisation on z (N, latent_dim), going on from the last fit.
 
-        With less than CODES_EACH codes for each component, the last of them get no weight.
+        With fewer than CODES_EACH codes for each component, only the first len(z) // CODES_EACH of
+        them, or one, are used, and the others have weight 0.
         """
-        n_components = len(self.weights)
-        used = torch.arange(n_components, device=z.device) < max(len(z) // CODES_EACH, 1)
+        used = min(len(self.weights), max(len(z) // CODES_EACH, 1))
+        self.weights[used:] = 0
         # Components that were never fitted, or lost their codes, begin at a code
-        new = used & ((self.means == 0).all(1) | (self.weights < 0.1 / n_components))
-        self.means[new] = z[torch.randint(len(z), (n_components,), device=z.device)][new]
+        new = (self.means == 0).all(1) | (self.weights < 0.1 / used)
+        new[used:] = False
+        self.means[new] = z[torch.randint(len(z), new.shape, device=z.device)][new]
         self.stds[new] = z.std(0, correction=0).clamp(min=1e-3) / 2
-        self.weights[new] = 1 / n_components
-        self.weights *= used
+        self.weights[new] = 1 / used
         for _ in range(steps):
-            # log N(z | mean, std^2) with its square multiplied out: two products of matrices
+            # log(weight * N(z | mean, std^2)) but for a constant: multiplied out, two matrix products
             precision = self.stds.pow(-2)
             log_p = z @ (self.means * precision).T - z.square() @ precision.T / 2
             log_p += self.weights.log() - (self.means.square() * precision / 2 + self.stds.log()).sum(1)
             p = log_p.softmax(1)  # (N, K): which component each code came from
-            n = p.sum(0).clamp(min=1e-6)[:, None]
+            n = p.sum(0)
+            self.weights = n / n.sum()
+            n = n.clamp(min=1e-6)[:, None]
             self.means = p.T @ z / n
             self.stds = (p.T @ z.square() / n - self.means.square()).clamp(min=1e-6).sqrt()
-            self.weights = used * n[:, 0] / n.sum()
 
 
 def discriminator_loss(d_real, d_recon, d_fake):
@@ -175,8 +178,9 @@ def train_step(x, r1, args, prior, encoder, decoder, discriminator, opt_e, opt_g
     f_real, f_recon_fake = discriminator.features(x), discriminator.features(x_recon_fake)
     d_real = discriminator.head(f_real)
     d_recon, d_fake = discriminator.head(f_recon_fake).chunk(2)
+    f_recon, _ = f_recon_fake.chunk(2)
     loss_kl = kl_divergence(mu, logvar).mean()
-    loss_features = feature_loss(f_real[::2], f_recon_fake[: len(z)])
+    loss_features = feature_loss(f_real[::2], f_recon)
 
     # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
     loss_d = discriminator_loss(d_real, d_recon, d_fake)
@@ -223,7 +227,9 @@ def main(args):
     decoder = conv_decoder(data.shape, args.width, args.latent_dim).to(args.device)
     discriminator = conv_discriminator(data.shape, 2 * args.width, hidden=8 * args.width).to(args.device)
     encoder_ema, decoder_ema = average(encoder), average(decoder)
-    prior = Mixture(max(args.components, 1), args.latent_dim).to(args.device)
+    prior = Mixture(max(args.components, 1), args.latent_dim)
+    noise_fixed = [noise.to(args.device) for noise in prior.noise(64)]  # the same on any device
+    prior.to(args.device)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.99))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.99))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.99))
@@ -240,7 +246,6 @@ def main(args):
 
     if args.generate:
         return run.generate(draw)
-    noise_fixed = prior.noise(64)
     x_fixed, _ = data.examples(32)
 
     for epoch in run.epochs():

@@ -36,7 +36,7 @@ Differences from the paper:
   wins over many epochs. It begins with the second, as in the first it would only hold the discriminator
   back, and comes at every eighth step;
 - beta (the paper: 1): the features' scale is arbitrary, and with it the balance between the two losses
-  of the encoder; beta is the variance of the Gaussian around f(x_recon);
+  of the encoder; beta is the variance of the Gaussian around f(x_recon); gamma depends on it likewise;
 - the decoder maximises log D, as GANs do in practice, instead of minimising log(1 - D);
 - reconstructions and samples share a batch, and with it the decoder's batch norm;
 - Adam at 6e-3 (the paper: RMSprop at 3e-4; with --opt rmsprop the rate rises over the first 100 steps);

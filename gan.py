@@ -20,8 +20,8 @@ probability D that an image is a real one. Averaged over the batch:
 Differences from the paper:
 - --arch mlp has the layers of widespread re-implementations: a generator of 256, 512 and 1024 units with
   batch norm and ReLU, a discriminator of 1024, 512 and 256 with leaky ReLU (the paper: maxout units and
-  dropout in the discriminator). --arch conv has the decoder of vae.py and vaegan.py, and vaegan.py's
-  discriminator;
+  dropout in the discriminator). --arch conv has the decoder of vae.py, twice as
+  wide as vaegan.py's, and vaegan.py's discriminator;
 - He's initialisation and a centred input in the discriminator;
 - Adam at 1e-3 for the generator and 1.5e-4 for the discriminator, with --arch conv at 2e-3 and 3e-4
   (momentum), batches of 16 (100), noise from N(0, I) in 100 or 10 dimensions (uniform noise);

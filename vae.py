@@ -20,7 +20,7 @@ pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
 Differences from the paper:
 - two hidden layers of 512 and 256 units (the paper: one of 500), ReLU (tanh), batch norm (none), 20
   latent dimensions, Adam (Adagrad) with a learning rate that falls to zero, batches of 128 (100); --arch
-  conv has the encoder and decoder of vaegan.py and 8 latent dimensions;
+  conv has the encoder and decoder of vaegan.py, twice as wide, and 8 latent dimensions;
 - grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them;
 - no weight decay (the paper: a N(0, I) prior on the weights);
 - PixelVAE: masked convolutions with residual connections, 16 channels, one layer of z (the paper:

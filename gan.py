@@ -14,94 +14,71 @@ probability D that an image is a real one. Averaged over the batch:
     loss_g = -log D(x_fake)            (--loss nonsaturating)
     loss_g = log(1 - D(x_fake))        (--loss minimax: little gradient while the discriminator wins)
 
-    discriminator  minimises  loss_d, --d-steps times
-    generator      minimises  loss_g
+    discriminator  minimises  loss_d, with every batch
+    generator      minimises  loss_g, with every --d-steps-th batch
 
-Differences from the paper:
-- --arch mlp has the layers of widespread re-implementations: a generator of 256, 512 and 1024 units with
-  batch norm and ReLU, a discriminator of 1024, 512 and 256 with leaky ReLU (the paper: maxout units and
-  dropout in the discriminator). --arch conv has the decoder of vae.py, twice as
-  wide as vaegan.py's, and vaegan.py's discriminator;
-- He's initialisation and a centred input in the discriminator;
-- Adam at 1e-3 for the generator and 1.5e-4 for the discriminator, with --arch conv at 2e-3 and 3e-4
-  (momentum), batches of 16 (100), noise from N(0, I) in 100 or 10 dimensions (uniform noise);
-- the generator maximises log D, which the paper recommends; its game in theory is --loss minimax;
-- the generator learns from the images that the discriminator has just seen (the paper: from new noise);
-- the pictures come from an exponential moving average of the generator's weights (--ema).
+Differences from the paper, beside what common.py says of all scripts:
+- --arch mlp: the layers of widespread re-implementations, with batch norm in the generator and leaky ReLU in
+  the discriminator (the paper: maxout units and dropout); --arch conv: the networks of vaegan.py;
+- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100);
+- noise from N(0, I) (uniform noise).
 
     python gan.py --epochs 1
-    python gan.py --opt adam --lr 2e-4 --lr-d 1 --batch-size 64 --dropout 0.3 --epochs 50
+    python gan.py --arch conv
 
-Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV, as
-means over the rows' intervals, of the last discriminator step of each generator step: epoch, step,
-seconds (of training), loss_d (2 log 2 = 1.39 at chance), loss_g (log 2 = 0.69 at chance, -0.69 with
---loss minimax), d_real = D(x), d_fake = D(x_fake).
+Files: gan.csv, gan_samples.png, gan_progress.png, gan_interpolation.png, gan.pt. Columns of the CSV: epoch,
+step, seconds of training; as means since the row before loss_d (2 log 2 = 1.39 at chance), d_real = D(x),
+d_fake = D(x_fake), loss_g (log 2 = 0.69 at chance, -0.69 with --loss minimax); the scores of --score.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
 
 from common import (
-    Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
-    mlp_discriminator, number, parse, predict, shared_flags, update_average,
-)  # fmt: skip
+    conv_decoder, conv_discriminator, mlp_decoder, mlp_discriminator,
+    interpolate, make_optimizer, predict, to_device, update_average,
+    Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
+    shared_flags,
+)
 
 
-def parse_args():
-    parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=1e-3, latent_dim=100, width=16,
-        lr_schedule="constant",
-    )  # fmt: skip
+def parse_args(argv=None):
+    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 2e-3 --latent-dim 10")  # fmt: skip
-    add("--hidden", type=number(int, 1), nargs="+", default=[256, 512, 1024],
-        help="hidden layers of the mlp generator; the discriminator's are these reversed")  # fmt: skip
-    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="in the mlp discriminator")
+        help="kind of networks; conv brings --batch-size 32 --lr 4e-3 --latent-dim 8")
+    add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
+        help="hidden layers of the mlp generator; the discriminator's are these reversed")
+    add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating",
-        help="what the generator minimises")  # fmt: skip
-    add("--d-steps", type=number(int, 1), default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=number(float, 1e-9), default=0.15, metavar="FACTOR",
-        help="the discriminator's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.999,
-        help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    args = parse(parser, arch={"conv": {"lr": 2e-3, "latent_dim": 10}})
-    args.images_per_step = args.batch_size * args.d_steps
-    return args
+        help="what the generator minimises")
+    add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
+    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 4e-3, "latent_dim": 8}})
 
 
-def discriminator_loss(d_real, d_fake):
-    """-log D(x) - log(1 - D(x_fake)) from logits (B,), averaged."""
-    return (F.softplus(-d_real) + F.softplus(d_fake)).mean()
+def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):
+    """An update of the discriminator on x (B, C, H, W), and one of the generator; returns detached scalars."""
+    # (1) Discriminator: maximise log D(x) + log(1 - D(x_fake))
+    x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).sigmoid()
+    d_real, d_fake = discriminator(x), discriminator(x_fake.detach())
+    loss_d = (F.softplus(-d_real) + F.softplus(d_fake)).mean()  # -log sigmoid(d) = softplus(-d)
+    opt_d.zero_grad()
+    loss_d.backward()
+    opt_d.step()
+    losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
 
-
-def generator_loss(d_fake, kind):
-    """-log D(x_fake), or with kind "minimax" log(1 - D(x_fake)), from logits (B,), averaged."""
-    return (-F.softplus(d_fake) if kind == "minimax" else F.softplus(-d_fake)).mean()
-
-
-def train_step(x, args, generator, discriminator, opt_g, opt_d):
-    """One update of the generator on x (d_steps * B, C, H, W); returns detached scalars for the CSV."""
-    # (1) Discriminator, d_steps times: maximise log D(x) + log(1 - D(x_fake))
-    for x_real in x.split(args.batch_size):
-        z = torch.randn(len(x_real), args.latent_dim, device=x.device)
-        x_fake = generator(z).sigmoid()
-        d_real, d_fake = discriminator(torch.cat([x_real, x_fake.detach()])).chunk(2)
-        loss_d = discriminator_loss(d_real, d_fake)
-        opt_d.zero_grad()
-        loss_d.backward()
-        opt_d.step()
-
-    # (2) Generator: maximise log D(x_fake), or minimise log(1 - D(x_fake)), of the last x_fake
-    loss_g = generator_loss(discriminator(x_fake), args.loss)
-    opt_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))
-    opt_g.step()
-
-    losses = {
-        "loss_d": loss_d, "loss_g": loss_g, "d_real": d_real.sigmoid().mean(),
-        "d_fake": d_fake.sigmoid().mean(),
-    }  # fmt: skip
+    # (2) Generator: maximise log D(x_fake), or minimise log(1 - D(x_fake))
+    if generator_too:
+        d_fake = discriminator(x_fake)
+        loss_g = (-F.softplus(d_fake) if args.loss == "minimax" else F.softplus(-d_fake)).mean()
+        losses["loss_g"] = loss_g
+        opt_g.zero_grad()
+        loss_g.backward(inputs=list(generator.parameters()))
+        opt_g.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -112,36 +89,50 @@ def sample(generator, z):
 
 def main(args):
     data = load_data(args)
+    torch.manual_seed(args.seed)
     if args.arch == "mlp":
         generator = mlp_decoder(data.shape, args.hidden, args.latent_dim)
-        discriminator = mlp_discriminator(data.shape, args.hidden[::-1], args.dropout)
+        discriminator = mlp_discriminator(data.shape, args.hidden[::-1], dropout=args.dropout)
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        discriminator = conv_discriminator(data.shape, args.width, hidden=4 * args.width)
-    generator, discriminator = generator.to(args.device), discriminator.to(args.device)
-    generator_ema = average(generator)
+        discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
+    generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
+    generator_ema = copy.deepcopy(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
-    networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
-    run = Run(args, data, networks, {"generator": opt_g, "discriminator": opt_d})
-
-    def draw(n):
-        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device)), None
-
-    if args.generate:
-        return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
+    networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
+    log = Log(args, data, networks)
+    parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
+    done = load_checkpoint(args, data, parts)
+    if args.generate:
+        z = torch.randn(args.generate, args.latent_dim, device=args.device)
+        save_images(args, sample(generator_ema, z))
+        return networks
+    classifier = load_classifier(args, data) if args.score else None
 
-    for epoch in run.epochs():
-        for x, _ in data.batches(args.images_per_step, args.translate):
-            losses = train_step(x, args, generator, discriminator, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema, run.step)
-            run.log(losses)
+    for epoch in range(done + 1, args.epochs + 1):
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        log.start_epoch(epoch)
+        losses = {}
+        for i, (x, _) in enumerate(data.batches(args.batch_size, args.translate)):
+            generator_too = i % args.d_steps == 0
+            losses |= train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d)
+            if generator_too:
+                update_average(generator_ema, generator, args.ema, log.step // args.d_steps)
+            log.add(losses)  # loss_g keeps its value until the generator's next step
         x_fake = sample(generator_ema, z_fixed)
-        run.save_grid("samples", x_fake)
-        z_path = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
-        run.save_grid("interpolation", sample(generator_ema, z_path), 6)
-        run.end_epoch(x_fake, draw)
+        save_grid(args, "samples", x_fake)
+        save_grid(args, "progress", log.progress(x_fake), 10)
+        z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
+        save_grid(args, "interpolation", sample(generator_ema, z_walk), 6)
+        scores = {}
+        if args.score:
+            z = torch.randn(10_000, args.latent_dim, device=args.device)
+            scores = score(classifier, data, sample(generator_ema, z))
+        log.end_epoch(scores)
+        save_checkpoint(args, data, parts, epoch)
+    return networks
 
 
 if __name__ == "__main__":

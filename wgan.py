@@ -12,86 +12,56 @@ most between real and generated images shows their Wasserstein distance. Average
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
-    loss_d      = -wasserstein + lambda * penalty         (--lipschitz gp)
+    loss_d      = -wasserstein + gp_weight * penalty      (--lipschitz gp)
     penalty     = (||gradient of critic at x_hat|| - 1)^2, x_hat = between x and x_fake at random
     loss_g      = -critic(x_fake)
 
-    critic         minimises  loss_d, n_critic times
-    generator      minimises  loss_g
+    critic         minimises  loss_d, with every batch
+    generator      minimises  loss_g, with every --n-critic-th batch
 
-Differences from the papers:
-- no normalisation in the critic (Arjovsky et al.: batch norm; Gulrajani et al. recommend layer norm);
-  He's initialisation; small networks: --arch conv has the decoder of vae.py, with gp one convolution
-  more, and the discriminator of vaegan.py with a larger hidden layer, --arch mlp two hidden layers;
-- one to three critic steps per generator step (the papers: five), of a critic that learns more slowly
-  than the generator, so that an epoch has many generator steps; --critic-warmup steps ahead (Arjovsky et
-  al.'s code: 100 for each of the first 25 generator steps, and for every 500th);
-- gp: Adam at 2e-3 for the generator and 5e-4 for the critic (1e-4 for both), batches of 16 (64);
-- clip: weights in [-0.1, 0.1], with --arch mlp in [-0.02, 0.02] ([-0.01, 0.01], for networks that are
-  wider and scaled by batch norm), RMSprop at 1e-3 for the generator and 5e-5 for the critic (5e-5 for
-  both), batches of 16 (64);
-- the generator learns from the images that the critic has just seen (the papers: from new noise);
-- the pictures come from an exponential moving average of the generator's weights (--ema).
+Differences from the papers, beside what common.py says of all scripts:
+- no normalisation in the critic unless --norm batch (clip: batch norm; gp: none or layer norm);
+- gp: learning rates of 2e-3 and, for the critic, 5e-4 (1e-4 for both);
+- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 1e-3 and,
+  for the critic, 5e-5 (5e-5 for both).
 
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip
+    python wgan.py --lr 1e-4 --lr-d 1
+    python wgan.py --lipschitz clip --clip 0.01 --norm batch --lr 5e-5 --lr-d 1
 
-Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the
-CSV, as means over the rows' intervals, of the last critic step of each generator step: epoch, step,
-seconds (of training), loss_d, wasserstein (the estimated distance, times the critic's slope), c_real =
-critic(x), c_fake = critic(x_fake), penalty (0 with clip); then loss_g and grad_norm, the critic's slope
-at x_fake.
+Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the CSV:
+epoch, step, seconds of training; as means since the row before loss_d, wasserstein (the estimated distance,
+times the critic's slope), penalty (0 with clip), loss_g; the scores of --score.
 """
 
-from itertools import islice
+import copy
 
 import torch
 
 from common import (
-    Run, average, conv_decoder, conv_discriminator, interpolate, load_data, make_optimizer, mlp_decoder,
-    mlp_discriminator, number, parse, predict, shared_flags, update_average,
-)  # fmt: skip
+    conv_decoder, conv_discriminator, mlp_decoder, mlp_discriminator,
+    interpolate, make_optimizer, predict, to_device, update_average,
+    Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
+    shared_flags,
+)
 
 
-def parse_args():
-    parser = shared_flags(
-        __file__, __doc__, epochs=10, batch_size=16, opt="adam", lr=2e-3, latent_dim=100, width=16,
-        lr_schedule="constant",
-    )  # fmt: skip
+def parse_args(argv=None):
+    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="conv",
-        help="kind of networks; mlp brings --clip 0.02")  # fmt: skip
-    add("--hidden", type=number(int, 1), nargs="+", default=[256, 512],
-        help="hidden layers of the mlp generator; the critic's are these reversed")  # fmt: skip
-    add("--lipschitz", choices=["clip", "gp"], default="gp",
-        help="what bounds the critic's slope: clipped weights (brings --opt rmsprop --lr 1e-3 "
-        "--lr-d 0.05) or a gradient penalty")  # fmt: skip
-    add("--clip", type=number(float, 0), default=0.1, help="clip: largest weight of the critic")
-    add("--gp-weight", type=number(float, 0), default=10.0, help="gp: weight of the gradient penalty")
-    add("--n-critic", type=number(int, 1),
-        help="critic steps per generator step; by default gp: 1 (mlp: 2), clip: 3 (mlp: 1)")  # fmt: skip
-    add("--critic-warmup", type=number(int, 0), default=100,
-        help="critic steps before the first epoch, at most a pass over the data")  # fmt: skip
-    add("--lr-d", type=number(float, 1e-9), default=0.25, metavar="FACTOR",
-        help="the critic's learning rate, as a factor of --lr")  # fmt: skip
-    add("--ema", type=number(float, 0, 0.9999), default=0.999,
-        help="decay of the averaged weights that draw the pictures; 0: no averaging")  # fmt: skip
-    clip = {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}
-    args = parse(parser, arch={"mlp": {"clip": 0.02}}, lipschitz={"clip": clip})
-    n_critic = {("gp", "conv"): 1, ("gp", "mlp"): 2, ("clip", "conv"): 3, ("clip", "mlp"): 1}
-    args.n_critic = args.n_critic or n_critic[args.lipschitz, args.arch]
-    args.images_per_step = args.batch_size * args.n_critic
-    return args
-
-
-def critic_loss(c_real, c_fake):
-    """critic(x_fake) - critic(x) from numbers (B,), averaged: minus the estimated distance."""
-    return c_fake.mean() - c_real.mean()
-
-
-def generator_loss(c_fake):
-    """-critic(x_fake) from numbers (B,), averaged."""
-    return -c_fake.mean()
+    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
+    add("--hidden", type=int, nargs="+", default=[256, 512],
+        help="hidden layers of the mlp generator; the critic's are these reversed")
+    add("--lipschitz", choices=["clip", "gp"], default="gp", help="what bounds the critic's slope: a gradient "
+        "penalty, or clipped weights, which bring --opt rmsprop --lr 1e-3 --lr-d 0.05")
+    add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
+    add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
+    add("--n-critic", type=int, default=5, help="critic steps per generator step")
+    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic")
+    add("--lr-d", type=float, default=0.25, help="the critic's learning rate, as a factor of --lr")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
+    return parse(parser, argv, lipschitz={"clip": {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}})
 
 
 def gradient_penalty(critic, x, x_fake):
@@ -102,42 +72,29 @@ def gradient_penalty(critic, x, x_fake):
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def critic_step(x, args, generator, critic, opt_d):
-    """One update of the critic on x (B, C, H, W); returns x_fake and detached scalars for the CSV."""
-    z = torch.randn(len(x), args.latent_dim, device=x.device)
-    x_fake = generator(z).sigmoid()
-    c_real, c_fake = critic(torch.cat([x, x_fake.detach()])).chunk(2)
-    loss, penalty = critic_loss(c_real, c_fake), torch.zeros((), device=x.device)
+def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
+    """An update of the critic on x (B, C, H, W), and one of the generator; returns detached scalars."""
+    # (1) Critic: maximise critic(x) - critic(x_fake), with a bounded slope
+    x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).sigmoid()
+    wasserstein, penalty = (critic(x) - critic(x_fake.detach())).mean(), x.new_zeros(())
     if args.lipschitz == "gp":
         penalty = gradient_penalty(critic, x, x_fake.detach())
-    loss_d = loss + args.gp_weight * penalty
+    loss_d = -wasserstein + args.gp_weight * penalty
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
     if args.lipschitz == "clip":
         for weight in critic.parameters():
             weight.data.clamp_(-args.clip, args.clip)
-    losses = {
-        "loss_d": loss_d, "wasserstein": -loss, "c_real": c_real.mean(), "c_fake": c_fake.mean(),
-        "penalty": penalty,
-    }  # fmt: skip
-    return x_fake, {name: loss.detach() for name, loss in losses.items()}
+    losses = {"loss_d": loss_d, "wasserstein": wasserstein, "penalty": penalty}
 
-
-def train_step(x, args, generator, critic, opt_g, opt_d):
-    """One update of the generator on x (n_critic * B, C, H, W); returns detached scalars for the CSV."""
-    # (1) Critic, n_critic times: maximise critic(x) - critic(x_fake), with a bounded slope
-    for x_real in x.split(args.batch_size):
-        x_fake, losses = critic_step(x_real, args, generator, critic, opt_d)
-
-    # (2) Generator: maximise critic(x_fake) of the last x_fake
-    loss_g = generator_loss(critic(x_fake))
-    opt_g.zero_grad()
-    loss_g.backward(inputs=[x_fake, *generator.parameters()])
-    opt_g.step()
-
-    slope = len(x_fake) * x_fake.grad.flatten(1).norm(dim=1).mean()
-    return {**losses, "loss_g": loss_g.detach(), "grad_norm": slope}
+    # (2) Generator: maximise critic(x_fake)
+    if generator_too:
+        losses["loss_g"] = loss_g = -critic(x_fake).mean()
+        opt_g.zero_grad()
+        loss_g.backward(inputs=list(generator.parameters()))
+        opt_g.step()
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def sample(generator, z):
@@ -147,40 +104,50 @@ def sample(generator, z):
 
 def main(args):
     data = load_data(args)
+    torch.manual_seed(args.seed)
     if args.arch == "mlp":
         generator = mlp_decoder(data.shape, args.hidden, args.latent_dim)
-        critic = mlp_discriminator(data.shape, args.hidden[::-1])
+        critic = mlp_discriminator(data.shape, args.hidden[::-1], args.norm == "batch")
     else:
-        deep = args.lipschitz == "gp"
-        generator = conv_decoder(data.shape, args.width, args.latent_dim, deep=deep)
-        critic = conv_discriminator(data.shape, args.width, hidden=16 * args.width)
-    generator, critic = generator.to(args.device), critic.to(args.device)
-    generator_ema = average(generator)
+        generator = conv_decoder(data.shape, args.width, args.latent_dim)
+        critic = conv_discriminator(data.shape, args.width, [16 * args.width], args.norm == "batch")
+    generator, critic = to_device(generator, args.device), to_device(critic, args.device)
+    generator_ema = copy.deepcopy(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.9))
     opt_d = make_optimizer(args, critic, args.lr * args.lr_d, betas=(0.0, 0.9))
-    networks = {"generator": generator, "critic": critic, "generator_ema": generator_ema}
-    run = Run(args, data, networks, {"generator": opt_g, "critic": opt_d})
-
-    def draw(n):
-        return sample(generator_ema, torch.randn(n, args.latent_dim, device=args.device)), None
-
-    if args.generate:
-        return run.generate(draw)
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
+    networks = {"generator": generator, "critic": critic, "generator_ema": generator_ema}
+    log = Log(args, data, networks)
+    parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
+    done = load_checkpoint(args, data, parts)
+    if args.generate:
+        z = torch.randn(args.generate, args.latent_dim, device=args.device)
+        save_images(args, sample(generator_ema, z))
+        return networks
+    classifier = load_classifier(args, data) if args.score else None
 
-    for epoch in run.epochs():
-        head_start = args.critic_warmup if epoch == 1 else 0
-        for x, _ in islice(data.batches(args.batch_size, args.translate), head_start):
-            critic_step(x, args, generator, critic, opt_d)
-        for x, _ in data.batches(args.images_per_step, args.translate):
-            losses = train_step(x, args, generator, critic, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema, run.step)
-            run.log(losses)
+    for epoch in range(done + 1, args.epochs + 1):
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        log.start_epoch(epoch)
+        losses = {}
+        for i, (x, _) in enumerate(data.batches(args.batch_size, args.translate)):
+            generator_too = i % args.n_critic == 0
+            losses |= train_step(x, generator_too, args, generator, critic, opt_g, opt_d)
+            if generator_too:
+                update_average(generator_ema, generator, args.ema, log.step // args.n_critic)
+            log.add(losses)  # loss_g keeps its value until the generator's next step
         x_fake = sample(generator_ema, z_fixed)
-        run.save_grid("samples", x_fake)
-        z_path = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
-        run.save_grid("interpolation", sample(generator_ema, z_path), 6)
-        run.end_epoch(x_fake, draw)
+        save_grid(args, "samples", x_fake)
+        save_grid(args, "progress", log.progress(x_fake), 10)
+        z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
+        save_grid(args, "interpolation", sample(generator_ema, z_walk), 6)
+        scores = {}
+        if args.score:
+            z = torch.randn(10_000, args.latent_dim, device=args.device)
+            scores = score(classifier, data, sample(generator_ema, z))
+        log.end_epoch(scores)
+        save_checkpoint(args, data, parts, epoch)
+    return networks
 
 
 if __name__ == "__main__":

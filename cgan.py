@@ -19,9 +19,9 @@ Differences from the paper, beside what common.py says of all scripts:
 - --arch mlp: the layers of gan.py (the paper: maxout units and dropout); --arch conv: those of dcgan.py: a
   conditional DCGAN;
 - the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
-  own): as more numbers of z; as one more channel of 0 or 1 per class of the image or, for --arch mlp, one more
-  pixel per class, scaled to about the norm of a digit: without that it goes unheard for many epochs;
-- batches of 64 (100), noise from N(0, I) (uniform noise).
+  own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
+  more pixel per class, scaled to about the norm of a digit to be heard;
+- batches of 16 or 32 (100), noise from N(0, I) (uniform noise).
 
     python cgan.py --epochs 1
     python cgan.py --arch conv
@@ -33,7 +33,6 @@ d_real = D(x, y), d_fake = D(x_fake, y), loss_g (log 2 = 0.69 at chance); the sc
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -47,35 +46,36 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=16, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr-d 0.3")
+        help="kind of networks; conv brings --batch-size 32 --lr 1.4e-3 --lr-d 1 --latent-dim 10")
     add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
-    add("--lr-d", type=float, default=1.0, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"lr_d": 0.3}})
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 1.4e-3, "lr_d": 1.0, "latent_dim": 10}})
 
 
 def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
     """An update of both networks on x (B, C, H, W) and y (B, n_classes); returns detached scalars."""
-    # (1) Discriminator: maximise log D(x, y) + log(1 - D(x_fake, y))
+    # (1) Discriminator: maximise log D of real images + log(1 - D) of generated ones
     x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device), y).sigmoid()
     d_real, d_fake = discriminator(x, y), discriminator(x_fake.detach(), y)
     loss_d = (F.softplus(-d_real) + F.softplus(d_fake)).mean()  # -log sigmoid(d) = softplus(-d)
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
-    losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
+    d_real, d_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
+    losses = {"loss_d": loss_d.detach(), "d_real": d_real, "d_fake": d_fake}
 
-    # (2) Generator: maximise log D(x_fake, y)
-    losses["loss_g"] = loss_g = F.softplus(-discriminator(x_fake, y)).mean()
+    # (2) Generator: maximise log D of generated images
+    loss_g = F.softplus(-discriminator(x_fake, y)).mean()
     opt_g.zero_grad()
     loss_g.backward(inputs=list(generator.parameters()))
     opt_g.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    return {**losses, "loss_g": loss_g.detach()}
 
 
 def sample(generator, z, y):
@@ -85,23 +85,22 @@ def sample(generator, z, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    n_classes = len(data.classes)
+    n_classes, (c, h, w) = len(data.classes), data.shape
     torch.manual_seed(args.seed)
     if args.arch == "mlp":
         generator = mlp_decoder(data.shape, args.hidden, args.latent_dim + n_classes)
-        shape_d = (math.prod(data.shape) + n_classes,)
-        discriminator = mlp_discriminator(shape_d, args.hidden[::-1], dropout=args.dropout)
+        discriminator = mlp_discriminator((c * h * w + n_classes,), args.hidden[::-1], dropout=args.dropout)
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
-        shape_d = (data.shape[0] + n_classes, *data.shape[1:])
-        discriminator = conv_discriminator(shape_d, args.width, norm=True)
+        discriminator = conv_discriminator((c + n_classes, h, w), args.width, norm=True)
     generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
     generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
     generator_ema = copy.deepcopy(generator)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
-    z_fixed = torch.randn(10, args.latent_dim).to(args.device)
+    z_fixed = torch.randn(10, args.latent_dim).repeat(n_classes, 1).to(args.device)
     one_hot = torch.eye(n_classes, device=args.device)
+    y_fixed = one_hot.repeat_interleave(10, 0)
     networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
@@ -120,13 +119,12 @@ def main(args):
             losses = train_step(x, one_hot[labels], args, generator, discriminator, opt_g, opt_d)
             update_average(generator_ema, generator, args.ema, log.step)
             log.add(losses)
-        x_fake = sample(generator_ema, z_fixed.repeat(n_classes, 1), one_hot.repeat_interleave(10, 0))
+        x_fake = sample(generator_ema, z_fixed, y_fixed)
         save_grid(args, "samples", x_fake, 10)  # a row per class, the same z down a column
-        save_grid(args, "progress", log.progress(x_fake[[i % n_classes * 10 + i for i in range(10)]]), 10)
-        # Eight rows from z to z with the label fixed, eight from label to label with z fixed
-        z, y = z_fixed[:8], one_hot[torch.arange(8) % n_classes]
-        z_walk = interpolate(torch.cat([z, z]), torch.cat([z.roll(-1, 0), z]))
-        y_walk = interpolate(torch.cat([y, y]), torch.cat([y, y.roll(-1, 0)]))
+        save_grid(args, "progress", log.progress(x_fake[::11]), min(10, n_classes))
+        a = 11 * torch.arange(8) % len(z_fixed)  # eight walks to the next z, eight to the next label
+        a, b = torch.cat([a, a]), torch.cat([a + 1, (a + 10) % len(z_fixed)])
+        z_walk, y_walk = interpolate(z_fixed[a], z_fixed[b]), interpolate(y_fixed[a], y_fixed[b])
         save_grid(args, "interpolation", sample(generator_ema, z_walk, y_walk), 6)
         scores = {}
         if args.score:

@@ -32,8 +32,6 @@ row before, loss, loss_recon, loss_kl; at an epoch's end the test set's test_neg
 test_recon, test_kl; the scores of --score.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,23 +110,22 @@ def encode(encoder, x, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    n_classes = len(data.classes)
+    n_classes, (c, h, w) = len(data.classes), data.shape
     torch.manual_seed(args.seed)
     norm = args.norm == "batch"
     if args.arch == "mlp":
-        encoder = mlp([math.prod(data.shape) + n_classes, *args.hidden, 2 * args.latent_dim], norm)
+        encoder = mlp([c * h * w + n_classes, *args.hidden, 2 * args.latent_dim], norm)
         decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim + n_classes, norm)
     else:
-        shape_e = (data.shape[0] + n_classes, *data.shape[1:])
-        encoder = conv_encoder(shape_e, args.width, 2 * args.latent_dim, norm)
+        encoder = conv_encoder((c + n_classes, h, w), args.width, 2 * args.latent_dim, norm)
         decoder = conv_decoder(data.shape, args.width, args.latent_dim + n_classes, norm)
     encoder, decoder = Conditional(encoder, args.arch == "mlp"), Conditional(decoder)
     encoder, decoder = to_device(encoder, args.device), to_device(decoder, args.device)
     opt = make_optimizer(args, nn.ModuleList([encoder, decoder]), args.lr)
-    z_fixed = torch.randn(10, args.latent_dim).to(args.device)
+    z_fixed = torch.randn(10, args.latent_dim).repeat(n_classes, 1).to(args.device)
     x_fixed = next(data.test_batches(args.binarize))[0][:32]
     one_hot = torch.eye(n_classes, device=args.device)
-    y_fixed = one_hot[data.y_test[:32]]
+    y_fixed = one_hot.repeat_interleave(10, 0)
     networks = {"encoder": encoder, "decoder": decoder}
     log = Log(args, data, networks)
     parts = {**networks, "opt": opt, "log": log}
@@ -148,19 +145,19 @@ def main(args):
                 opt.param_groups[0]["lr"] = args.lr * (1 - log.step / (args.epochs * log.steps_per_epoch))
             x = torch.bernoulli(x) if args.binarize else x
             log.add(train_step(x, one_hot[labels], args, encoder, decoder, opt))
-        x_fake = sample(decoder, z_fixed.repeat(n_classes, 1), one_hot.repeat_interleave(10, 0))
+        x_fake = sample(decoder, z_fixed, y_fixed)
         save_grid(args, "samples", x_fake, 10)  # a row per class, the same z down a column
-        save_grid(args, "progress", log.progress(x_fake[[i % n_classes * 10 + i for i in range(10)]]), 10)
-        # Eight rows from z to z with the label fixed, eight from label to label with z fixed
-        z, y = z_fixed[:8], one_hot[torch.arange(8) % n_classes]
-        z_walk = interpolate(torch.cat([z, z]), torch.cat([z.roll(-1, 0), z]))
-        y_walk = interpolate(torch.cat([y, y]), torch.cat([y, y.roll(-1, 0)]))
+        save_grid(args, "progress", log.progress(x_fake[::11]), min(10, n_classes))
+        a = 11 * torch.arange(8) % len(z_fixed)  # eight walks to the next z, eight to the next label
+        a, b = torch.cat([a, a]), torch.cat([a + 1, (a + 10) % len(z_fixed)])
+        z_walk, y_walk = interpolate(z_fixed[a], z_fixed[b]), interpolate(y_fixed[a], y_fixed[b])
         save_grid(args, "interpolation", sample(decoder, z_walk, y_walk), 6)
-        mu = encode(encoder, x_fixed, y_fixed)
-        pairs = torch.stack([x_fixed, sample(decoder, mu, y_fixed)], 1)
+        y = one_hot[data.y_test[:32]]
+        mu = encode(encoder, x_fixed, y)
+        pairs = torch.stack([x_fixed, sample(decoder, mu, y)], 1)
         save_grid(args, "reconstructions", pairs.flatten(0, 1))
         z = traverse(mu[0], mu)
-        save_grid(args, "traversal", sample(decoder, z, y_fixed[:1].expand(len(z), -1)), 10)
+        save_grid(args, "traversal", sample(decoder, z, y[:1].expand(len(z), -1)), 10)
         scores = evaluate(data, args, encoder, decoder)
         if args.score:
             labels = torch.arange(10_000, device=args.device) % n_classes

@@ -17,8 +17,8 @@ norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
     generator      minimises  loss_g
 
 Differences from the paper, beside what common.py says of all scripts:
-- at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024); one
-  more transposed convolution, at full size, and a sigmoid in the generator (tanh);
+- at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024), the
+  generator's last one at full size;
 - batches of 64 (128), a learning rate of 2e-3 for the generator and 0.3 of it for the discriminator (2e-4 for
   both): in so short a run both must learn faster, and the discriminator must not run ahead;
 - noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in 100).
@@ -65,21 +65,22 @@ def initialize(network):
 
 def train_step(x, args, generator, discriminator, opt_g, opt_d):
     """An update of both networks on x (B, C, H, W); returns detached scalars for the CSV."""
-    # (1) Discriminator: maximise log D(x) + log(1 - D(x_fake))
+    # (1) Discriminator: maximise log D of real images + log(1 - D) of generated ones
     x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).tanh()
     d_real, d_fake = discriminator(2 * x - 1), discriminator(x_fake.detach())  # both in [-1, 1]
     loss_d = (F.softplus(-d_real) + F.softplus(d_fake)).mean()  # -log sigmoid(d) = softplus(-d)
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
-    losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
+    d_real, d_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
+    losses = {"loss_d": loss_d.detach(), "d_real": d_real, "d_fake": d_fake}
 
-    # (2) Generator: maximise log D(x_fake)
-    losses["loss_g"] = loss_g = F.softplus(-discriminator(x_fake)).mean()
+    # (2) Generator: maximise log D of generated images
+    loss_g = F.softplus(-discriminator(x_fake)).mean()
     opt_g.zero_grad()
     loss_g.backward(inputs=list(generator.parameters()))
     opt_g.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    return {**losses, "loss_g": loss_g.detach()}
 
 
 def sample(generator, z):

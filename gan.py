@@ -20,7 +20,7 @@ probability D that an image is a real one. Averaged over the batch:
 Differences from the paper, beside what common.py says of all scripts:
 - --arch mlp: the layers of widespread re-implementations, with batch norm in the generator and leaky ReLU in
   the discriminator (the paper: maxout units and dropout); --arch conv: the networks of vaegan.py;
-- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100);
+- a discriminator that learns more slowly than the generator (--lr-d), batches of 16 or 32 (100);
 - noise from N(0, I) (uniform noise).
 
     python gan.py --epochs 1
@@ -45,41 +45,42 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=16, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --batch-size 32 --lr 4e-3 --latent-dim 8")
+        help="kind of networks; conv brings --batch-size 32 --lr 4e-3 --lr-d 0.3 --latent-dim 8")
     add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating",
         help="what the generator minimises")
     add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 4e-3, "latent_dim": 8}})
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 4e-3, "lr_d": 0.3, "latent_dim": 8}})
 
 
 def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):
-    """An update of the discriminator on x (B, C, H, W), and one of the generator; returns detached scalars."""
-    # (1) Discriminator: maximise log D(x) + log(1 - D(x_fake))
+    """An update of both networks, or of the discriminator alone, on x (B, C, H, W); detached scalars."""
+    # (1) Discriminator: maximise log D of real images + log(1 - D) of generated ones
     x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).sigmoid()
     d_real, d_fake = discriminator(x), discriminator(x_fake.detach())
     loss_d = (F.softplus(-d_real) + F.softplus(d_fake)).mean()  # -log sigmoid(d) = softplus(-d)
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
-    losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
+    d_real, d_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
+    losses = {"loss_d": loss_d.detach(), "d_real": d_real, "d_fake": d_fake}
 
-    # (2) Generator: maximise log D(x_fake), or minimise log(1 - D(x_fake))
-    if generator_too:
-        d_fake = discriminator(x_fake)
-        loss_g = (-F.softplus(d_fake) if args.loss == "minimax" else F.softplus(-d_fake)).mean()
-        losses["loss_g"] = loss_g
-        opt_g.zero_grad()
-        loss_g.backward(inputs=list(generator.parameters()))
-        opt_g.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    # (2) Generator: maximise log D of generated images, or minimise log(1 - D)
+    if not generator_too:
+        return losses
+    d_fake = discriminator(x_fake)
+    loss_g = (-F.softplus(d_fake) if args.loss == "minimax" else F.softplus(-d_fake)).mean()
+    opt_g.zero_grad()
+    loss_g.backward(inputs=list(generator.parameters()))
+    opt_g.step()
+    return {**losses, "loss_g": loss_g.detach()}
 
 
 def sample(generator, z):
@@ -114,13 +115,13 @@ def main(args):
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        losses = {}
+        losses = {}  # loss_g keeps its value from one step of the generator to the next
         for i, (x, _) in enumerate(data.batches(args.batch_size, args.translate)):
             generator_too = i % args.d_steps == 0
             losses |= train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d)
             if generator_too:
                 update_average(generator_ema, generator, args.ema, log.step // args.d_steps)
-            log.add(losses)  # loss_g keeps its value until the generator's next step
+            log.add(losses)
         x_fake = sample(generator_ema, z_fixed)
         save_grid(args, "samples", x_fake)
         save_grid(args, "progress", log.progress(x_fake), 10)

@@ -53,8 +53,9 @@ from common import (
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=128, lr=3e-3, latent_dim=20, width=16)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp", help="networks; conv brings --batch-size 32 "
-        "--latent-dim 8; pixelcnn brings --lr 2e-3 --batch-size 64 --latent-dim 16 --kl-warmup 2 --binarize")
+    add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp", help="networks; conv brings "
+        "--batch-size 32 --latent-dim 8; pixelcnn brings --lr 2e-3 --batch-size 64 --latent-dim 16 "
+        "--kl-warmup 2 --binarize")
     add("--hidden", type=int, nargs="+", default=[512, 256],
         help="hidden layers of the mlp encoder; the decoder's are these reversed")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
@@ -156,8 +157,8 @@ def train_step(x, beta, args, encoder, decoder, opt):
 def evaluate(data, args, encoder, decoder, k):
     """-ELBO and its two terms on the test set, in nats per image; with k > 1 samples of each z -log p(x) too.
 
-    With w = p(x|z) p(z) / q(z|x), z ~ q(z|x): -ELBO is the mean of -log w, and -log p(x) about minus the log of
-    the mean of w, from above and the closer the more samples (Burda et al. 2016, arXiv 1509.00519).
+    With w = p(x|z) p(z) / q(z|x), z ~ q(z|x): -ELBO is the mean of -log w; -log p(x) about -log of the mean
+    of w, from above and the closer the more samples (Burda et al. 2016, arXiv 1509.00519).
     """
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)

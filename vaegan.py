@@ -47,17 +47,17 @@ from common import (
     conv_decoder, conv_discriminator, conv_encoder,
     interpolate, make_optimizer, predict, to_device, traverse, update_average,
     Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    shared_flags,
+    say, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=4e-3, latent_dim=8, width=16)
     add = parser.add_argument
-    add("--beta", type=float, default=10.0, help="weight of the KL divergence")
+    add("--beta", type=float, default=8.0, help="weight of the KL divergence")
     add("--gamma", type=float, default=0.01, help="weight of the feature error in the decoder's loss")
-    add("--lr-d", type=float, default=0.25, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
+    add("--lr-d", type=float, default=0.4, help="the discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv)
 
 
@@ -93,7 +93,8 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
         optimizer.step()
     losses = {
         "loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_recon": d_recon.sigmoid().mean(),
-        "d_fake": d_fake.sigmoid().mean(), "loss_kl": loss_kl, "loss_features": loss_features, "loss_g": loss_g,
+        "d_fake": d_fake.sigmoid().mean(), "loss_kl": loss_kl, "loss_features": loss_features,
+        "loss_g": loss_g,
     }
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -110,6 +111,8 @@ def encode(encoder, x):
 
 def main(args):
     data = load_data(args)
+    if data.shape[0] == 3 and args.latent_dim < 64:
+        say("Colour pictures want other flags: --latent-dim 64 --beta 0.1 --gamma 0.1 --lr 1e-3 --lr-d 1")
     torch.manual_seed(args.seed)
     encoder = to_device(conv_encoder(data.shape, args.width, 2 * args.latent_dim), args.device)
     decoder = to_device(conv_decoder(data.shape, args.width, args.latent_dim), args.device)

@@ -48,13 +48,13 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=16, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
     add("--hidden", type=int, nargs="+", default=[256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")
-    add("--lipschitz", choices=["clip", "gp"], default="gp", help="what bounds the critic's slope: a gradient "
-        "penalty, or clipped weights, which bring --opt rmsprop --lr 1e-3 --lr-d 0.05")
+    add("--lipschitz", choices=["clip", "gp"], default="gp", help="what bounds the critic's slope: a "
+        "gradient penalty or clipped weights; clip brings --opt rmsprop --lr 1e-3 --lr-d 0.05")
     add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=int, default=5, help="critic steps per generator step")
@@ -73,7 +73,7 @@ def gradient_penalty(critic, x, x_fake):
 
 
 def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
-    """An update of the critic on x (B, C, H, W), and one of the generator; returns detached scalars."""
+    """An update of both networks, or of the critic alone, on x (B, C, H, W); returns detached scalars."""
     # (1) Critic: maximise critic(x) - critic(x_fake), with a bounded slope
     x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).sigmoid()
     wasserstein, penalty = (critic(x) - critic(x_fake.detach())).mean(), x.new_zeros(())
@@ -86,15 +86,16 @@ def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
     if args.lipschitz == "clip":
         for weight in critic.parameters():
             weight.data.clamp_(-args.clip, args.clip)
-    losses = {"loss_d": loss_d, "wasserstein": wasserstein, "penalty": penalty}
+    losses = {"loss_d": loss_d.detach(), "wasserstein": wasserstein.detach(), "penalty": penalty.detach()}
 
     # (2) Generator: maximise critic(x_fake)
-    if generator_too:
-        losses["loss_g"] = loss_g = -critic(x_fake).mean()
-        opt_g.zero_grad()
-        loss_g.backward(inputs=list(generator.parameters()))
-        opt_g.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    if not generator_too:
+        return losses
+    loss_g = -critic(x_fake).mean()
+    opt_g.zero_grad()
+    loss_g.backward(inputs=list(generator.parameters()))
+    opt_g.step()
+    return {**losses, "loss_g": loss_g.detach()}
 
 
 def sample(generator, z):
@@ -129,13 +130,13 @@ def main(args):
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        losses = {}
+        losses = {}  # loss_g keeps its value from one step of the generator to the next
         for i, (x, _) in enumerate(data.batches(args.batch_size, args.translate)):
             generator_too = i % args.n_critic == 0
             losses |= train_step(x, generator_too, args, generator, critic, opt_g, opt_d)
             if generator_too:
                 update_average(generator_ema, generator, args.ema, log.step // args.n_critic)
-            log.add(losses)  # loss_g keeps its value until the generator's next step
+            log.add(losses)
         x_fake = sample(generator_ema, z_fixed)
         save_grid(args, "samples", x_fake)
         save_grid(args, "progress", log.progress(x_fake), 10)

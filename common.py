@@ -165,7 +165,7 @@ def load_data(args, conditional=False):
         (x, y), classes = zip(*digits), "0123456789"
     x, y = [[part[:most] for part, most in zip(pair, n)] for pair in (x, y)]
     if len(x[0]) < args.batch_size or len(classes) < 1 + conditional:
-        fail(f"{len(x[0])} images of {len(classes)} classes: too few for this model and --batch-size")
+        fail(f"--data {args.data}: {len(x[0])} images of {len(classes)} classes are too few for this model")
     if args.image_size:
         x = [torch.cat([v2.Resize([args.image_size] * 2)(p) for p in part.split(5000)]) for part in x]
     if args.translate:  # once, so that every epoch and every run is measured on the same shifted images
@@ -205,8 +205,8 @@ def load_folder(folder, size, at_most):
             sets[above[0].lower() in test_names if split else tenth].append((path, label))
     if not all(sets) or split and len({y for _, y in sets[0]} & {y for _, y in sets[1]}) < len(names):
         fail(f"--data {folder}: too few pictures, or classes missing in the training or the test set")
-    sets[1].sort(key=lambda picture: zlib.crc32(picture[0].name.encode()))  # mixes the classes
-    sets = [part[:: max(1, len(part) // n)][:n] for part, n in zip(sets, at_most)]
+    sets = [sorted(part, key=lambda picture: zlib.crc32(picture[0].name.encode())) for part in sets]
+    sets = [part[:n] for part, n in zip(sets, at_most)]  # of all classes, as they are mixed now
     say(f"Reading {len(sets[0]) + len(sets[1])} pictures from {folder}")
     side = size or max(8, min(64, *load_picture(sets[0][0][0]).size) // 4 * 4)
     square = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])

@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
     add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
+    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 1.4e-3, "lr_d": 1.0, "latent_dim": 10}})
 
 

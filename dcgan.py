@@ -49,7 +49,7 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=10, width=16)
     add = parser.add_argument
     add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
+    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv)
 
 

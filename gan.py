@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=16, lr=2e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --batch-size 32 --lr 4e-3 --lr-d 0.3 --latent-dim 8")
+        help="kind of networks; conv brings --batch-size 32 --lr 4e-3 --lr-d 0.15 --latent-dim 8")
     add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
@@ -56,8 +56,8 @@ def parse_args(argv=None):
         help="what the generator minimises")
     add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
     add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 4e-3, "lr_d": 0.3, "latent_dim": 8}})
+    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 4e-3, "lr_d": 0.15, "latent_dim": 8}})
 
 
 def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):

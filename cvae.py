@@ -7,9 +7,8 @@
 Sohn, Lee, Yan: Learning structured output representation using deep conditional generative models, 2015,
 NeurIPS; with images given labels, not labels given images: Kingma et al. 2014, arXiv 1406.5298, model M2.
 
-The VAE of vae.py whose encoder and decoder are told the label y, as a one-hot vector: q(z|x, y) = N(mu,
-sigma^2) and p(x|z, y). z need not say what digit it is: it is left with the style. Per image and
-averaged over the batch:
+The VAE of vae.py whose encoder and decoder are told the label y, one-hot: q(z|x, y) = N(mu, sigma^2) and
+p(x|z, y). z is left with the style. Per image and averaged over the batch:
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x|y))
     loss_recon = -log p(x|z, y), z = mu + sigma * epsilon
@@ -18,9 +17,8 @@ averaged over the batch:
 Differences from the papers, beside what common.py says of all scripts:
 - z has a fixed prior (Sohn et al.: one that depends on the condition); the label of an image is always given
   (Kingma et al. infer missing ones), and joins the first layers alone, see common.Conditional;
-- layers, batches and learning rate of vae.py; 8 latent dimensions: with 20, more of a digit's identity stays
-  in z, and fewer samples carry the label asked for;
-- grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them.
+- layers, batches, learning rate and pixels as in vae.py; 8 latent dimensions: with 20, more of a digit's
+  identity stays in z, and fewer samples carry the label asked for.
 
     python cvae.py --epochs 10
     python cvae.py --arch conv

@@ -27,11 +27,10 @@ Differences from the paper, beside what common.py says of all scripts:
     python vae.py --epochs 10
     python vae.py --latent-dim 2 --epochs 20
 
-Files: vae.csv, vae_samples.png, vae_progress.png, vae_interpolation.png, vae_reconstructions.png,
-vae_traversal.png (--latent-dim 2: vae_manifold.png and vae_latent.png instead), vae.pt. Columns of the CSV:
-epoch, step, seconds of training; in nats, as means since the row before, loss, loss_recon, loss_kl; at an
-epoch's end, of the test set, test_neg_elbo (with beta = 1), test_recon, test_kl; at the last one's, with
---nll, test_nll; the scores of --score.
+Files: vae.csv, vae.pt, vae_*.png: samples, progress, interpolation, reconstructions, traversal (if z has two
+dimensions manifold and latent instead). Columns of the CSV: epoch, step, seconds of training; in nats, as
+means since the row before, loss, loss_recon, loss_kl; of the test set test_neg_elbo (with beta = 1),
+test_recon, test_kl and, at the end, --nll's test_nll; the scores of --score.
 """
 
 import math
@@ -69,7 +68,7 @@ def parse_args(argv=None):
         help="linear: the learning rate falls to zero over the run")
     pixelcnn = {"lr": 2e-3, "batch_size": 64, "latent_dim": 16, "kl_warmup": 2.0, "binarize": True}
     args = parse(parser, argv, arch={"conv": {"batch_size": 32, "latent_dim": 8}, "pixelcnn": pixelcnn})
-    if args.arch == "pixelcnn" and (args.recon != "bce" or not args.binarize):
+    if args.arch == "pixelcnn" and args.recon != "bce":
         parser.error("--arch pixelcnn draws binary pixels: --recon bce only")
     return args
 
@@ -87,10 +86,7 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class PixelCNN(nn.Module):
-    """The decoder of a PixelVAE: z (B, latent_dim) and x (B, 1, H, W) -> logits (B, 1, H, W).
-
-    Each pixel's logit depends on z and on the pixels of x before it: above, and left in its row.
-    """
+    """z (B, latent_dim), x (B, 1, H, W) -> logits (B, 1, H, W), each from z and the pixels of x before it."""
 
     def __init__(self, shape, width, latent_dim, norm, layers=5):
         super().__init__()
@@ -158,8 +154,7 @@ def evaluate(data, args, encoder, decoder, k):
     """-ELBO and its two terms on the test set, in nats per image; with k > 1 samples of each z -log p(x) too.
 
     With w = p(x|z) p(z) / q(z|x), z ~ q(z|x): -ELBO is the mean of -log w; -log p(x) about -log of the mean
-    of w, from above and the closer the more samples (Burda et al. 2016, arXiv 1509.00519).
-    """
+    of w, from above and the closer the more samples (Burda et al. 2016, arXiv 1509.00519)."""
     encoder.eval(), decoder.eval()
     torch.manual_seed(args.seed)
     p, parts = Normal(0.0, 1.0), []
@@ -190,10 +185,9 @@ def save_scatter(path, codes, labels, classes, size=600):
     image = Image.new("RGB", (size + 120, size), "white")
     draw = ImageDraw.Draw(image)
     colors = [f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)" for i in range(len(classes))]
-    dots = (codes.cpu() * torch.tensor([1, -1]) / 8 + 0.5) * size
+    dots = (codes.cpu() * torch.tensor([1, -1]) / 8 + 0.5).clamp(0, 1) * size
     for (x, y), label in zip(dots.tolist(), labels.tolist()):
         draw.rectangle((x - 1, y - 1, x + 1, y + 1), fill=colors[label])
-    draw.rectangle((size, 0, size + 120, size), fill="white")
     for i, name in enumerate(classes):
         draw.text((size + 10, 10 + 20 * i), name, fill=colors[i], font_size=16)
     image.save(path)
@@ -206,8 +200,8 @@ def main(args):
     torch.manual_seed(args.seed)
     norm = args.norm == "batch"
     if args.arch == "mlp":
-        encoder = mlp([math.prod(data.shape), *args.hidden, 2 * args.latent_dim], norm)
-        encoder = nn.Sequential(nn.Flatten(), encoder)
+        sizes = [math.prod(data.shape), *args.hidden, 2 * args.latent_dim]
+        encoder = nn.Sequential(nn.Flatten(), mlp(sizes, norm))
         decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim, norm)
     else:
         encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)

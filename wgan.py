@@ -21,9 +21,9 @@ most between real and generated images shows their Wasserstein distance. Average
 
 Differences from the papers, beside what common.py says of all scripts:
 - no normalisation in the critic unless --norm batch (clip: batch norm; gp: none or layer norm);
-- gp: learning rates of 2e-3 and, for the critic, 5e-4 (1e-4 for both);
+- gp: learning rates of 2e-3 and, for the critic, 5e-4 (1e-4 for both), batches of 16 (64);
 - clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 1e-3 and,
-  for the critic, 5e-5 (5e-5 for both).
+  for the critic, 5e-5 (5e-5 for both), batches of 16 (64).
 
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip

@@ -112,7 +112,7 @@ def encode(encoder, x):
 def main(args):
     data = load_data(args)
     if data.shape[0] == 3 and args.latent_dim < 64:
-        say("Colour pictures want other flags: --latent-dim 64 --beta 0.1 --gamma 0.1 --lr 1e-3 --lr-d 1")
+        say("Colour pictures want other flags: --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5")
     torch.manual_seed(args.seed)
     encoder = to_device(conv_encoder(data.shape, args.width, 2 * args.latent_dim), args.device)
     decoder = to_device(conv_decoder(data.shape, args.width, args.latent_dim), args.device)

@@ -16,8 +16,8 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper, beside what common.py says of all scripts:
-- --arch mlp: the layers of gan.py (the paper: maxout units and dropout); --arch conv: those of dcgan.py, which
-  makes it a conditional DCGAN, with He's initialisation and images in [0, 1];
+- --arch mlp: the layers of gan.py (the paper: maxout units and dropout); --arch conv: those of dcgan.py, a
+  conditional DCGAN, but with He's initialisation and images in [0, 1];
 - the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
   own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
   more pixel per class, scaled to about the norm of a digit to be heard;

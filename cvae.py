@@ -57,9 +57,9 @@ def parse_args(argv=None):
     return parse(parser, argv, arch={"conv": {"batch_size": 32}})
 
 
-def posterior(encoder, x, y):
-    """q(z|x, y), a Normal of shape (B, latent_dim)."""
-    mu, logvar = encoder(x, y).chunk(2, 1)
+def posterior(output):
+    """q(z|x, y), a Normal of shape (B, latent_dim), from the encoder's output (B, 2 latent_dim)."""
+    mu, logvar = output.chunk(2, 1)
     return Normal(mu, (logvar / 2).exp(), validate_args=False)
 
 
@@ -71,7 +71,7 @@ def reconstruction_loss(logits, x):
 def train_step(x, y, args, encoder, decoder, opt):
     """An update of both networks on x (B, C, H, W) and y (B, n_classes); returns detached scalars."""
     # Encoder and decoder: minimise -log p(x|z, y) + beta KL(q(z|x, y) || p(z))
-    q, p = posterior(encoder, x, y), Normal(0.0, 1.0)
+    q, p = posterior(encoder(x, y)), Normal(0.0, 1.0)
     loss_recon = reconstruction_loss(decoder(q.rsample(), y), x).mean()
     loss_kl = kl_divergence(q, p).sum(1).mean()
     loss = loss_recon + args.beta * loss_kl
@@ -89,21 +89,17 @@ def evaluate(data, args, encoder, decoder):
     p, parts = Normal(0.0, 1.0), []
     for x, labels in data.test_batches(args.binarize):
         y = F.one_hot(labels, len(data.classes)).float()
-        q = posterior(encoder, x, y)
+        q = posterior(encoder(x, y))
         recon, kl = reconstruction_loss(decoder(q.sample(), y), x), kl_divergence(q, p).sum(1)
         parts.append(torch.stack([recon + kl, recon, kl]))
     encoder.train(), decoder.train()
-    return dict(zip(["test_neg_elbo", "test_recon", "test_kl"], torch.cat(parts, 1).mean(1).tolist()))
+    names = ["test_neg_elbo", "test_recon", "test_kl"]
+    return dict(zip(names, torch.cat(parts, 1).mean(1).tolist()))
 
 
 def sample(decoder, z, y):
     """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
     return predict(decoder, z, y).sigmoid()
-
-
-def encode(encoder, x, y):
-    """The means of q(z|x, y), (N, latent_dim), of images x (N, C, H, W)."""
-    return predict(encoder, x, y).chunk(2, 1)[0]
 
 
 def main(args):
@@ -151,7 +147,7 @@ def main(args):
         z_walk, y_walk = interpolate(z_fixed[a], z_fixed[b]), interpolate(y_fixed[a], y_fixed[b])
         save_grid(args, "interpolation", sample(decoder, z_walk, y_walk), 6)
         y = one_hot[data.y_test[:32]]
-        mu = encode(encoder, x_fixed, y)
+        mu = posterior(predict(encoder, x_fixed, y)).mean
         pairs = torch.stack([x_fixed, sample(decoder, mu, y)], 1)
         save_grid(args, "reconstructions", pairs.flatten(0, 1))
         z = traverse(mu[0], mu)

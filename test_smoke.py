@@ -141,7 +141,7 @@ class CommandLine(Case):
         grids = {"samples": (side, side), "progress": (10, 1), "interpolation": (6, 16)}  # columns, rows
         if "encoder" in saved["parts"]:
             z, plane = saved["flags"]["latent_dim"], {"manifold": (20, 20), "latent": (24, 20)}
-            grids |= {"reconstructions": (8, 8), **(plane if z == 2 else {"traversal": (10, min(10, z))})}
+            grids |= {"reconstructions": (8, 8), "traversal": (10, min(10, z)), **(plane if z == 2 else {})}
         files = [f"{script}.csv", f"{script}.pt", *(f"{script}_{name}.png" for name in grids)]
         self.assertEqual(sorted(os.listdir(out)), sorted(files))
         for name, grid in grids.items():

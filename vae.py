@@ -28,7 +28,7 @@ Differences from the paper, beside what common.py says of all scripts:
     python vae.py --latent-dim 2 --epochs 20
 
 Files: vae.csv, vae.pt, vae_*.png: samples, progress, interpolation, reconstructions, traversal (if z has two
-dimensions manifold and latent instead). Columns of the CSV: epoch, step, seconds of training; in nats, as
+dimensions also manifold and latent). Columns of the CSV: epoch, step, seconds of training; in nats, as
 means since the row before, loss, loss_recon, loss_kl; of the test set test_neg_elbo (with beta = 1),
 test_recon, test_kl and, at the end, --nll's test_nll; the scores of --score.
 """
@@ -37,9 +37,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torchvision.utils import draw_bounding_boxes, draw_keypoints
 
 from common import (
     conv_decoder, conv_encoder, mlp, mlp_decoder,
@@ -118,9 +118,9 @@ class PixelCNN(nn.Module):
         return torch.logit(x)
 
 
-def posterior(encoder, x):
-    """q(z|x), a Normal of shape (B, latent_dim)."""
-    mu, logvar = encoder(x).chunk(2, 1)
+def posterior(output):
+    """q(z|x), a Normal of shape (B, latent_dim), from the encoder's output (B, 2 latent_dim)."""
+    mu, logvar = output.chunk(2, 1)
     return Normal(mu, (logvar / 2).exp(), validate_args=False)
 
 
@@ -139,7 +139,7 @@ def decode(decoder, z, x):
 def train_step(x, beta, args, encoder, decoder, opt):
     """An update of both networks on x (B, C, H, W); returns detached scalars for the CSV."""
     # Encoder and decoder: minimise -log p(x|z) + beta KL(q(z|x) || p(z))
-    q, p = posterior(encoder, x), Normal(0.0, 1.0)
+    q, p = posterior(encoder(x)), Normal(0.0, 1.0)
     loss_recon = reconstruction_loss(decode(decoder, q.rsample(), x), x, args.recon).mean()
     loss_kl = kl_divergence(q, p).sum(1).mean()
     loss = loss_recon + beta * loss_kl
@@ -159,7 +159,7 @@ def evaluate(data, args, encoder, decoder, k):
     torch.manual_seed(args.seed)
     p, parts = Normal(0.0, 1.0), []
     for x, _ in data.test_batches(args.binarize):
-        q, recon, log_w = posterior(encoder, x), [], []
+        q, recon, log_w = posterior(encoder(x)), [], []
         for z in (q.sample() for _ in range(k)):
             recon.append(reconstruction_loss(decode(decoder, z, x), x, args.recon))
             log_w.append((p.log_prob(z) - q.log_prob(z)).sum(1) - recon[-1])
@@ -175,33 +175,27 @@ def sample(decoder, z):
     return predict(decoder, z).sigmoid()
 
 
-def encode(encoder, x):
-    """The means of q(z|x), (N, latent_dim), of images x (N, C, H, W)."""
-    return predict(encoder, x).chunk(2, 1)[0]
-
-
-def save_scatter(path, codes, labels, classes, size=600):
-    """A PNG file: codes (N, 2) as dots, from -4 to 4 both ways, coloured by class, and the classes' names."""
-    image = Image.new("RGB", (size + 120, size), "white")
-    draw = ImageDraw.Draw(image)
-    colors = [f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)" for i in range(len(classes))]
-    dots = (codes.cpu() * torch.tensor([1, -1]) / 8 + 0.5).clamp(0, 1) * size
-    for (x, y), label in zip(dots.tolist(), labels.tolist()):
-        draw.rectangle((x - 1, y - 1, x + 1, y + 1), fill=colors[label])
+def scatter(codes, labels, classes):
+    """An image (3, 600, 720) uint8: codes (N, 2) as dots, from -4 to 4, in the colours of their classes."""
+    image = torch.full((3, 600, 720), 255, dtype=torch.uint8)
+    dots = 300 + 75 * codes.cpu() * torch.tensor([1, -1])
     for i, name in enumerate(classes):
-        draw.text((size + 10, 10 + 20 * i), name, fill=colors[i], font_size=16)
-    image.save(path)
+        color = f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)"
+        image = draw_keypoints(image, dots[labels.cpu() == i][None], colors=color, radius=1)
+        place = torch.tensor([[610, 20 + 20 * i, 700, 36 + 20 * i]])
+        image = draw_bounding_boxes(image, place, [name], color, width=0)
+    return image
 
 
 def main(args):
     data = load_data(args)
-    if args.arch == "pixelcnn" and data.shape[0] != 1:
+    c, h, w = data.shape
+    if args.arch == "pixelcnn" and c != 1:
         fail("--arch pixelcnn draws binary pixels: grey images only")
     torch.manual_seed(args.seed)
     norm = args.norm == "batch"
     if args.arch == "mlp":
-        sizes = [math.prod(data.shape), *args.hidden, 2 * args.latent_dim]
-        encoder = nn.Sequential(nn.Flatten(), mlp(sizes, norm))
+        encoder = nn.Sequential(nn.Flatten(), mlp([c * h * w, *args.hidden, 2 * args.latent_dim], norm))
         decoder = mlp_decoder(data.shape, args.hidden[::-1], args.latent_dim, norm)
     else:
         encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)
@@ -231,21 +225,22 @@ def main(args):
             warmup = args.kl_warmup * log.steps_per_epoch
             beta = args.beta * min(1, log.step / warmup if warmup else 1)
             log.add(train_step(x, beta, args, encoder, decoder, opt))
-        x_fake, mu = sample(decoder, z_fixed), encode(encoder, x_fixed)
+        x_fake = sample(decoder, z_fixed)
         save_grid(args, "samples", x_fake)
         save_grid(args, "progress", log.progress(x_fake), 10)
         z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
         save_grid(args, "interpolation", sample(decoder, z_walk), 6)
+        mu = posterior(predict(encoder, x_fixed)).mean
         pairs = torch.stack([x_fixed, sample(decoder, mu)], 1)
         save_grid(args, "reconstructions", pairs.flatten(0, 1))
         if args.latent_dim == 2:
             ticks = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # equally probable under N(0, I)
             plane = torch.cartesian_prod(-ticks, ticks).flip(1).to(args.device)  # row by row: (400, 2)
             save_grid(args, "manifold", sample(decoder, plane), 20)
-            codes = torch.cat([encode(encoder, x) for x, _ in data.test_batches(args.binarize)])
-            save_scatter(args.out / "vae_latent.png", codes, data.y_test, data.classes)
-        else:
-            save_grid(args, "traversal", sample(decoder, traverse(mu[0], mu)), 10)
+            codes = [posterior(predict(encoder, x)).mean for x, _ in data.test_batches(args.binarize)]
+            save_grid(args, "latent", scatter(torch.cat(codes), data.y_test, data.classes)[None] / 255)
+        z = traverse(mu[0], mu)
+        save_grid(args, "traversal", sample(decoder, z), 10)
         scores = evaluate(data, args, encoder, decoder, args.nll if args.nll and epoch == args.epochs else 1)
         if args.score:
             n = 1_000 if args.arch == "pixelcnn" else 10_000  # pixel by pixel, 10,000 would take minutes

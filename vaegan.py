@@ -62,12 +62,17 @@ def parse_args(argv=None):
     return parse(parser, argv)
 
 
+def posterior(output):
+    """q(z|x), a Normal of shape (B, latent_dim), from the encoder's output (B, 2 latent_dim)."""
+    mu, logvar = output.chunk(2, 1)
+    return Normal(mu, (logvar / 2).exp(), validate_args=False)
+
+
 def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """An update of the three networks on x (B, C, H, W); returns detached scalars for the CSV."""
-    mu, logvar = encoder(x).chunk(2, 1)  # (B, latent_dim) each
-    q, p = Normal(mu, (logvar / 2).exp(), validate_args=False), Normal(0.0, 1.0)
+    q, p = posterior(encoder(x)), Normal(0.0, 1.0)
     # In one batch, whose statistics in the decoder's batch norm are then those of sampling
-    x_recon, x_fake = decoder(torch.cat([q.rsample(), torch.randn_like(mu)])).sigmoid().chunk(2)
+    x_recon, x_fake = decoder(torch.cat([q.rsample(), torch.randn_like(q.mean)])).sigmoid().chunk(2)
     f_real, f_recon = discriminator.features(x), discriminator.features(x_recon)
     d_real, d_recon, d_fake = discriminator.head(f_real), discriminator.head(f_recon), discriminator(x_fake)
     loss_kl = kl_divergence(q, p).sum(1).mean()
@@ -103,11 +108,6 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
 def sample(decoder, z):
     """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
     return predict(decoder, z).sigmoid()
-
-
-def encode(encoder, x):
-    """The means of q(z|x), (N, latent_dim), of images x (N, C, H, W)."""
-    return predict(encoder, x).chunk(2, 1)[0]
 
 
 def main(args):
@@ -146,11 +146,12 @@ def main(args):
             update_average(encoder_ema, encoder, args.ema, log.step)
             update_average(decoder_ema, decoder, args.ema, log.step)
             log.add(losses)
-        x_fake, mu = sample(decoder_ema, z_fixed), encode(encoder_ema, x_fixed)
+        x_fake = sample(decoder_ema, z_fixed)
         save_grid(args, "samples", x_fake)
         save_grid(args, "progress", log.progress(x_fake), 10)
         z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
         save_grid(args, "interpolation", sample(decoder_ema, z_walk), 6)
+        mu = posterior(predict(encoder_ema, x_fixed)).mean
         pairs = torch.stack([x_fixed, sample(decoder_ema, mu)], 1)
         save_grid(args, "reconstructions", pairs.flatten(0, 1))
         save_grid(args, "traversal", sample(decoder_ema, traverse(mu[0], mu)), 10)

@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=int, default=5, help="critic steps per generator step")
-    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic")
+    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic; batch beside "
+        "--lipschitz gp, whose penalty is per sample, is there to be watched")
     add("--lr-d", type=float, default=0.25, help="the critic's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv, lipschitz={"clip": {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}})

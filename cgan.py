@@ -16,8 +16,9 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper, beside what common.py says of all scripts:
-- --arch mlp: the layers of gan.py (the paper: maxout units and dropout); --arch conv: those of dcgan.py, a
-  conditional DCGAN, but with He's initialisation and images in [0, 1];
+- --arch mlp: the layers of gan.py (the paper: maxout units and dropout), a discriminator that learns more
+  slowly than the generator (--lr-d);
+- --arch conv: the layers of dcgan.py, a conditional DCGAN, but with He's initialisation and images in [0, 1];
 - the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
   own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
   more pixel per class, scaled to about the norm of a digit to be heard;
@@ -49,13 +50,13 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 1.4e-3 --lr-d 1 --latent-dim 10")
-    add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
+        help="kind of networks; conv brings --lr 1.4e-3 --lr-d 1")
+    add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
-    add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"lr": 1.4e-3, "lr_d": 1.0, "latent_dim": 10}})
+    return parse(parser, argv, arch={"conv": {"lr": 1.4e-3, "lr_d": 1.0}})
 
 
 def train_step(x, y, args, generator, discriminator, opt_g, opt_d):

@@ -19,7 +19,7 @@ norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
 Differences from the paper, beside what common.py says of all scripts:
 - at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024), the
   generator's last one at full size;
-- batches of 64 (128), a learning rate of 2e-3 for the generator and 0.3 of it for the discriminator (2e-4 for
+- batches of 32 (128), a learning rate of 1.4e-3 for the generator and 0.3 of it for the discriminator (2e-4 for
   both): in so short a run both must learn faster, and the discriminator must not run ahead;
 - noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in 100).
 
@@ -46,7 +46,7 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=64, lr=2e-3, latent_dim=10, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=32, lr=1.4e-3, latent_dim=10, width=16)
     add = parser.add_argument
     add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")

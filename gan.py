@@ -49,13 +49,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
         help="kind of networks; conv brings --lr 4e-3 --lr-d 0.15 --latent-dim 8")
-    add("--hidden", type=int, nargs="+", default=[256, 512, 1024],
+    add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating",
         help="what the generator minimises")
     add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=float, default=0.1, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv, arch={"conv": {"lr": 4e-3, "lr_d": 0.15, "latent_dim": 8}})
 

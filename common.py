@@ -86,7 +86,7 @@ def parse(parser, argv=None, **brought):
         for name, value in saved.items():
             if args.resume and name not in ("epochs", "data", "score") and getattr(args, name) != value:
                 parser.error(f"the run to resume has --{name.replace('_', '-')} {value}")
-    low = {"batch_size": 2, "image_size": 8, "seed": 0, "nll": 0, "lr": 1e-12, "lr_d": 1e-12}
+    low = {"batch_size": 2, "image_size": 8, "seed": 0, "lr": 1e-12, "lr_d": 1e-12}
     high = {"ema": 1, "dropout": 1, "translate": 1}
     for name, values in vars(args).items():
         for value in values if isinstance(values, list) else [values]:

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
     add("--beta", type=float, default=1.0, help="weight of the KL divergence")
     add("--kl-warmup", type=float, default=0.0, help="epochs in which this weight rises from 0 to --beta")
-    add("--nll", type=int, default=0, help="at the end, importance samples for -log p(x) of the test set")
+    add("--nll", type=int, default=1, help="at the end, importance samples for -log p(x); 1: only -ELBO")
     add("--lr-schedule", choices=["constant", "linear"], default="linear",
         help="linear: the learning rate falls to zero over the run")
     pixelcnn = {"lr": 2e-3, "batch_size": 64, "latent_dim": 16, "kl_warmup": 2.0, "binarize": True}
@@ -241,7 +241,7 @@ def main(args):
             save_grid(args, "latent", scatter(torch.cat(codes), data.y_test, data.classes)[None] / 255)
         z = traverse(mu[0], mu)
         save_grid(args, "traversal", sample(decoder, z), 10)
-        scores = evaluate(data, args, encoder, decoder, args.nll if args.nll and epoch == args.epochs else 1)
+        scores = evaluate(data, args, encoder, decoder, args.nll if epoch == args.epochs else 1)
         if args.score:
             n = 1_000 if args.arch == "pixelcnn" else 10_000  # pixel by pixel, 10,000 would take minutes
             z = torch.randn(n, args.latent_dim, device=args.device)

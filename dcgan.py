@@ -19,8 +19,8 @@ norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
 Differences from the paper, beside what common.py says of all scripts:
 - at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024), the
   generator's last one at full size;
-- batches of 32 (128), a learning rate of 1.4e-3 for the generator and 0.3 of it for the discriminator (2e-4 for
-  both): in so short a run both must learn faster, and the discriminator must not run ahead;
+- batches of 32 (128), a learning rate of 1.4e-3 for the generator and 0.3 of it for the discriminator (2e-4
+  for both): in so short a run both must learn faster, and the discriminator must not run ahead;
 - noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in 100).
 
     python dcgan.py --epochs 1

@@ -178,7 +178,7 @@ def sample(decoder, z):
 def scatter(codes, labels, classes):
     """An image (3, 600, 720) uint8: codes (N, 2) as dots, from -4 to 4, in the colours of their classes."""
     image = torch.full((3, 600, 720), 255, dtype=torch.uint8)
-    dots = 300 + 75 * codes.cpu() * torch.tensor([1, -1])
+    dots = 300 + 75 * codes.cpu().clamp(-4, 4) * torch.tensor([1, -1])
     for i, name in enumerate(classes):
         color = f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)"
         image = draw_keypoints(image, dots[labels.cpu() == i][None], colors=color, radius=1)

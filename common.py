@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision import datasets
 from torchvision.transforms import v2
-from torchvision.utils import save_image
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, save_image
 
 TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
 
@@ -77,8 +77,6 @@ def parse(parser, argv=None, **brought):
     if parser.parse_args(argv).dry_run:  # it never touches the files of a real run
         parser.set_defaults(out=parser.get_default("out") / "dry-run")
     args = parser.parse_args(argv)
-    if args.generate and (args.resume or args.score):
-        parser.error("--generate goes with neither --resume nor --score")
     if args.generate or args.resume:
         saved = read_checkpoint(args)["flags"]
         parser.set_defaults(**saved)
@@ -111,9 +109,9 @@ def parse(parser, argv=None, **brought):
 class Data:
     """A training and a test set on one device: images (N, C, H, W) uint8, labels (N,) int64; class names."""
 
-    def __init__(self, name, x, y, classes, note=""):
+    def __init__(self, name, x, y, classes):
         (self.x_train, self.x_test), (self.y_train, self.y_test) = x, y
-        self.name, self.classes, self.note, self.shape = name, classes, note, tuple(x[0].shape[1:])
+        self.name, self.classes, self.shape = name, classes, tuple(x[0].shape[1:])
         self.about = {"shape": self.shape, "classes": classes, "images": len(x[0])}  # for the checkpoint
 
     def batches(self, batch_size, translate=0.0):
@@ -143,7 +141,7 @@ def load_data(args, conditional=False):
         about = read_checkpoint(args)["data"]
         x, y = torch.empty(0, *about["shape"], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         return Data(args.data, (x, x), (y, y), about["classes"])
-    name, note = "mnist" if args.data == "auto" else args.data.lower(), ""
+    name = "mnist" if args.data == "auto" else args.data.lower()
     n = (2 * args.batch_size, 200) if args.dry_run else (10**9, 10**9)  # images at most
     try:
         if name in TORCHVISION:
@@ -153,16 +151,16 @@ def load_data(args, conditional=False):
             classes = sets[0].classes
         elif name != "synthetic":
             name = Path(args.data).resolve().name
-            x, y, classes = load_folder(Path(args.data).resolve(), args.image_size, n)
+            x, y, classes = load_folder(Path(args.data).resolve(), args.image_size)
     except Exception as error:  # whatever torchvision, the network or a damaged file runs into
         if args.data != "auto":
             fail(f"--data {args.data}: {error} (known are {', '.join(TORCHVISION)}, synthetic and folders of "
                  f"pictures; the files of mnist belong into {args.data_dir / 'MNIST/raw'})")
-        name, note = "synthetic", f"synthetic digits, for want of MNIST in {args.data_dir / 'MNIST/raw'}"
-        say(f"Training on {note}; --data mnist says what is wrong")
+        name = "synthetic"
+        say(f"No MNIST in {args.data_dir / 'MNIST/raw'}: synthetic digits instead; --data mnist says why")
     if name == "synthetic":
         digits = draw_digits(min(n[0], 60_000), seed=1), draw_digits(min(n[1], 10_000), seed=2)
-        (x, y), classes = zip(*digits), "0123456789"
+        (x, y), classes = zip(*digits), list("0123456789")
     x, y = [[part[:most] for part, most in zip(pair, n)] for pair in (x, y)]
     if len(x[0]) < args.batch_size or len(classes) < 1 + conditional:
         fail(f"--data {args.data}: {len(x[0])} images of {len(classes)} classes are too few for this model")
@@ -171,14 +169,14 @@ def load_data(args, conditional=False):
     if args.translate:  # once, so that every epoch and every run is measured on the same shifted images
         torch.manual_seed(0)
         x = [x[0], shift(x[1], args.translate)]
-    return Data(name, *([part.to(args.device) for part in pair] for pair in (x, y)), list(classes), note)
+    return Data(name, *([part.to(args.device) for part in pair] for pair in (x, y)), classes)
 
 
-def load_folder(folder, size, at_most):
+def load_folder(folder, size):
     """Images and labels, each (training, test), and class names, of pictures cropped to their middle square.
 
     Sub-folders are the classes. FOLDER/train and FOLDER/test, or names like these, are the two sets; without
-    them every tenth picture of a class is for testing. Images are grey if all of them are."""
+    them every tenth picture is for testing. Images are grey if all of them are."""
     pictures = []  # pairs of a path and the names of the folders above it
     for path in sorted(folder.rglob("*")):
         *above, _ = parts = path.relative_to(folder).parts
@@ -192,27 +190,18 @@ def load_folder(folder, size, at_most):
     split = tops <= train_names | test_names
     if split and not (len(tops) == 2 and len(tops & train_names) == 1):
         fail(f"--data {folder}: {sorted(tops)} are no training and test set: point --data at one of them")
-    classes = {}  # the pictures of each
-    for path, above in pictures:
-        classes.setdefault(above[split] if len(above) > split else "", []).append((path, above))
-    if len(classes) > 1 and "" in classes:
-        fail(f"--data {folder}: has pictures both beside and inside its sub-folders")
-    names = sorted(classes, key=lambda c: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", c)])
+    classes = [above[split] if len(above) > split else "" for _, above in pictures]
+    names = sorted({*classes}, key=lambda c: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", c)])
     sets = [[], []]
-    for label, name in enumerate(names):
-        for i, (path, above) in enumerate(classes[name]):
-            tenth = i % 10 == 0 and len(classes[name]) > 1
-            sets[above[0].lower() in test_names if split else tenth].append((path, label))
-    if not all(sets) or split and len({y for _, y in sets[0]} & {y for _, y in sets[1]}) < len(names):
+    for i, ((path, above), name) in enumerate(zip(pictures, classes)):
+        is_test = above[0].lower() in test_names if split else i % 10 == 9
+        sets[is_test].append((path, names.index(name)))
+    if not all(sets) or any(len({y for _, y in part}) < len(names) for part in sets[: 1 + split]):
         fail(f"--data {folder}: too few pictures, or classes missing in the training or the test set")
-    sets = [sorted(part, key=lambda picture: zlib.crc32(picture[0].name.encode())) for part in sets]
-    sets = [part[:n] for part, n in zip(sets, at_most)]  # of all classes, as they are mixed now
     say(f"Reading {len(sets[0]) + len(sets[1])} pictures from {folder}")
     side = size or max(8, min(64, *load_picture(sets[0][0][0]).size) // 4 * 4)
     square = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])
     x = [torch.stack([square(load_picture(path)) for path, _ in part]) for part in sets]
-    if max(part.max() for part in x) <= 2:
-        fail(f"--data {folder}: all pictures are black, with no value above 2 of 255")
     if all((part == part[:, :1]).all() for part in x):
         x = [part[:, :1].contiguous() for part in x]
     return x, [torch.tensor([y for _, y in part]) for part in sets], [name or folder.name for name in names]
@@ -500,8 +489,7 @@ class Log:
         self.write_csv()
         say("\r\033[K" * sys.stdout.isatty() + self.line())
         if self.epoch == self.args.epochs:
-            name, note = self.args.name, f"; trained on {self.data.note}" * bool(self.data.note)
-            say(f"Wrote {name}.csv, {name}.pt and {name}_*.png to {self.args.out}{note}")
+            say("Wrote {0}.csv, {0}.pt and {0}_*.png to {1}".format(self.args.name, self.args.out))
 
     def line(self):
         return "  ".join(f"{name} {value:.5g}" for name, value in self.rows[-1].items())
@@ -519,6 +507,18 @@ class Log:
 def save_grid(args, what, images, columns=8):
     """NAME_what.png: images (N, C, H, W) in [0, 1], row by row."""
     save_image(images, args.out / f"{args.name}_{what}.png", nrow=columns)
+
+
+def scatter(codes, labels, classes):
+    """An image (3, 600, 720) uint8: codes (N, 2) as dots, from -4 to 4, in the colours of their classes."""
+    image = torch.full((3, 600, 720), 255, dtype=torch.uint8)
+    dots = 300 + 75 * codes.cpu().clamp(-4, 4) * torch.tensor([1, -1])
+    for i, name in enumerate(classes):
+        color = f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)"
+        image = draw_keypoints(image, dots[labels.cpu() == i][None], colors=color, radius=1)
+        place = torch.tensor([[610, 20 + 20 * i, 700, 36 + 20 * i]])
+        image = draw_bounding_boxes(image, place, [name], color, width=0)
+    return image
 
 
 def save_images(args, images, folders=None):

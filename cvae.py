@@ -104,7 +104,8 @@ def sample(decoder, z, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    n_classes, (c, h, w) = len(data.classes), data.shape
+    c, h, w = data.shape
+    n_classes = len(data.classes)
     torch.manual_seed(args.seed)
     norm = args.norm == "batch"
     if args.arch == "mlp":

@@ -39,13 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from torchvision.utils import draw_bounding_boxes, draw_keypoints
 
 from common import (
     conv_decoder, conv_encoder, mlp, mlp_decoder,
     interpolate, make_optimizer, predict, to_device, traverse,
     Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    shared_flags, fail,
+    shared_flags,
+    fail, scatter,
 )
 
 
@@ -173,18 +173,6 @@ def evaluate(data, args, encoder, decoder, k):
 def sample(decoder, z):
     """Images (N, C, H, W) in [0, 1] from z (N, latent_dim); a PixelCNN draws binary ones."""
     return predict(decoder, z).sigmoid()
-
-
-def scatter(codes, labels, classes):
-    """An image (3, 600, 720) uint8: codes (N, 2) as dots, from -4 to 4, in the colours of their classes."""
-    image = torch.full((3, 600, 720), 255, dtype=torch.uint8)
-    dots = 300 + 75 * codes.cpu().clamp(-4, 4) * torch.tensor([1, -1])
-    for i, name in enumerate(classes):
-        color = f"hsv({360 * i / len(classes)}, 90%, {60 if i % 2 else 90}%)"
-        image = draw_keypoints(image, dots[labels.cpu() == i][None], colors=color, radius=1)
-        place = torch.tensor([[610, 20 + 20 * i, 700, 36 + 20 * i]])
-        image = draw_bounding_boxes(image, place, [name], color, width=0)
-    return image
 
 
 def main(args):

@@ -16,13 +16,13 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     generator      minimises  loss_g
 
 Differences from the paper, beside what common.py says of all scripts:
-- --arch mlp: the layers of gan.py (the paper: maxout units and dropout), a discriminator that learns more
-  slowly than the generator (--lr-d);
+- --arch mlp: the layers of gan.py (the paper: maxout units), a discriminator that learns more slowly than
+  the generator (--lr-d);
 - --arch conv: the layers of dcgan.py, a conditional DCGAN, but with He's initialisation and images in [0, 1];
 - the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
   own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
   more pixel per class, scaled to about the norm of a digit to be heard;
-- batches of 32 (100), noise from N(0, I) (uniform noise).
+- batches of 64 (100), Adam without momentum (gradient descent with it), noise from N(0, I) (uniform noise).
 
     python cgan.py --epochs 1
     python cgan.py --arch conv
@@ -47,14 +47,14 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
         help="kind of networks; conv brings --lr 1.4e-3 --lr-d 1")
     add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
-    add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
-    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
+    add("--dropout", type=float, default=0.2, help="in the mlp discriminator")
+    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv, arch={"conv": {"lr": 1.4e-3, "lr_d": 1.0}})
 
@@ -97,8 +97,8 @@ def main(args):
     generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
     generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
     generator_ema = copy.deepcopy(generator)
-    opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
     z_fixed = torch.randn(10, args.latent_dim).repeat(n_classes, 1).to(args.device)
     one_hot = torch.eye(n_classes, device=args.device)
     y_fixed = one_hot.repeat_interleave(10, 0)

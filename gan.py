@@ -19,8 +19,9 @@ probability D that an image is a real one. Averaged over the batch:
 
 Differences from the paper, beside what common.py says of all scripts:
 - --arch mlp: the layers of widespread re-implementations, with batch norm in the generator and leaky ReLU in
-  the discriminator (the paper: maxout units and dropout); --arch conv: the networks of vaegan.py;
-- a discriminator that learns more slowly than the generator (--lr-d), batches of 32 (100);
+  the discriminator (the paper: maxout units); --arch conv: the networks of vaegan.py;
+- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100), Adam without
+  momentum, which lets the two follow each other more closely (gradient descent with momentum);
 - noise from N(0, I) (uniform noise).
 
     python gan.py --epochs 1
@@ -45,19 +46,19 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 4e-3 --lr-d 0.15 --latent-dim 8")
+        help="kind of networks; conv brings --batch-size 32 --lr-d 0.15 --latent-dim 8")
     add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
-    add("--dropout", type=float, default=0.0, help="in the mlp discriminator")
+    add("--dropout", type=float, default=0.2, help="in the mlp discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating",
         help="what the generator minimises")
     add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"lr": 4e-3, "lr_d": 0.15, "latent_dim": 8}})
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr_d": 0.15, "latent_dim": 8}})
 
 
 def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):
@@ -99,8 +100,8 @@ def main(args):
         discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
     generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
     generator_ema = copy.deepcopy(generator)
-    opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
     log = Log(args, data, networks)

@@ -230,13 +230,23 @@ class CommandLine(Case):
     def test_documented_commands_and_flags_exist(self):
         readme = (HERE / "README.md").read_text()
         text = readme + "".join(importlib.import_module(script).__doc__ for script in SCRIPTS)
-        commands = re.findall(r"(?:python|uv run) (?!test_smoke)(\w+)\.py([^`\n|#]*)", text)
+        commands = re.findall(r"(?:python|uv run) (?!test_smoke|measure)(\w+)\.py([^`\n|#]*)", text)
         self.assertGreater(len(commands), 2 * len(SCRIPTS))
         for script, flags in commands:
             load(script + re.sub(r"--resume|--generate \d+", "", flags))
         table = re.search(r"## Flags(.*?)\n## ", readme, re.DOTALL)[1]
         named, known = (re.findall(r"--[a-z][a-z-]*", t) for t in (table, "".join(map(help_of, SCRIPTS))))
         self.assertLessEqual(set(named), set(known))
+
+    def test_measures_of_the_readme_work_on_what_a_run_leaves(self):
+        readme = (HERE / "README.md").read_text()
+        block = re.search(r"```python\n(import collections.*?)```", readme, re.DOTALL)[1]
+        for script, last in {"vae": "alike", "cgan": "samples", "vaegan": "alike", "gan": "a walk"}.items():
+            call(f"{script} --data pictures --batch-size 2 --epochs 1 --out {script}")
+            output, argv = io.StringIO(), mock.patch.object(sys, "argv", ["measure.py", script, script])
+            with argv, contextlib.redirect_stdout(output):
+                exec(block, {})
+            self.assertIn(last, output.getvalue().splitlines()[-1])
 
     def test_bad_input(self):
         Path("vaegan.pt").write_bytes(b"no checkpoint")

@@ -26,7 +26,8 @@ Differences from the paper, beside what common.py says of all scripts:
 - beta (the paper: 1), the variance of the Gaussian around f(x_recon): the features' scale is arbitrary, and
   with it the balance of the encoder's two losses; gamma depends on it likewise;
 - reconstructions and samples pass the decoder in one batch, and with it its batch norm;
-- Adam at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures is an average too.
+- Adam without momentum at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures
+  is an average too.
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128
@@ -120,9 +121,9 @@ def main(args):
     discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
     discriminator = to_device(discriminator, args.device)
     encoder_ema, decoder_ema = copy.deepcopy(encoder), copy.deepcopy(decoder)
-    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
-    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.0, 0.99))
+    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.0, 0.99))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed = data.x_test[:32].float() / 255
     networks = {

@@ -21,8 +21,9 @@ most between real and generated images shows their Wasserstein distance. Average
 
 Differences from the papers, beside what common.py says of all scripts:
 - no normalisation in the critic unless --norm batch (clip: batch norm; gp: none or layer norm);
+- noise in 10 dimensions, enough for digits (128);
 - gp: learning rates of 3e-3 and, for the critic, 7.5e-4 (1e-4 for both), batches of 32 (64);
-- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 1e-3 and,
+- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 2e-3 and,
   for the critic, 5e-5 (5e-5 for both), batches of 32 (64).
 
     python wgan.py --epochs 1
@@ -48,13 +49,13 @@ from common import (
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=100, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=10, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[256, 512],
+    add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the critic's are these reversed")
     add("--lipschitz", choices=["clip", "gp"], default="gp", help="what bounds the critic's slope: a "
-        "gradient penalty or clipped weights; clip brings --opt rmsprop --lr 1e-3 --lr-d 0.05")
+        "gradient penalty or clipped weights; clip brings --opt rmsprop --lr 2e-3 --lr-d 0.025")
     add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=int, default=5, help="critic steps per generator step")
@@ -62,7 +63,7 @@ def parse_args(argv=None):
         "--lipschitz gp, whose penalty is per sample, is there to be watched")
     add("--lr-d", type=float, default=0.25, help="the critic's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, lipschitz={"clip": {"opt": "rmsprop", "lr": 1e-3, "lr_d": 0.05}})
+    return parse(parser, argv, lipschitz={"clip": {"opt": "rmsprop", "lr": 2e-3, "lr_d": 0.025}})
 
 
 def gradient_penalty(critic, x, x_fake):

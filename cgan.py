@@ -22,7 +22,7 @@ Differences from the paper, beside what common.py says of all scripts:
 - the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
   own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
   more pixel per class, scaled to about the norm of a digit to be heard;
-- batches of 64 (100), Adam without momentum (gradient descent with it), noise from N(0, I) (uniform noise).
+- batches of 64 (100), noise from N(0, I) (uniform noise).
 
     python cgan.py --epochs 1
     python cgan.py --arch conv
@@ -50,13 +50,13 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100, width=16)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="kind of networks; conv brings --lr 1.4e-3 --lr-d 1")
+        help="kind of networks; conv brings --batch-size 32 --lr 1.4e-3 --lr-d 1")
     add("--hidden", type=int, nargs="+", default=[128, 256, 512],
         help="hidden layers of the mlp generator; the discriminator's are these reversed")
     add("--dropout", type=float, default=0.2, help="in the mlp discriminator")
     add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, arch={"conv": {"lr": 1.4e-3, "lr_d": 1.0}})
+    return parse(parser, argv, arch={"conv": {"batch_size": 32, "lr": 1.4e-3, "lr_d": 1.0}})
 
 
 def train_step(x, y, args, generator, discriminator, opt_g, opt_d):

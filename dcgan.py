@@ -95,8 +95,8 @@ def main(args):
     discriminator = initialize(conv_discriminator(data.shape, args.width, norm=True))
     generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
     generator_ema = copy.deepcopy(generator)
-    opt_g = make_optimizer(args, generator, args.lr, betas=(0.5, 0.999))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
+    opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
     log = Log(args, data, networks)

@@ -20,8 +20,7 @@ probability D that an image is a real one. Averaged over the batch:
 Differences from the paper, beside what common.py says of all scripts:
 - --arch mlp: the layers of widespread re-implementations, with batch norm in the generator and leaky ReLU in
   the discriminator (the paper: maxout units); --arch conv: the networks of vaegan.py;
-- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100), Adam without
-  momentum, which lets the two follow each other more closely (gradient descent with momentum);
+- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100);
 - noise from N(0, I) (uniform noise).
 
     python gan.py --epochs 1

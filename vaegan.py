@@ -26,8 +26,7 @@ Differences from the paper, beside what common.py says of all scripts:
 - beta (the paper: 1), the variance of the Gaussian around f(x_recon): the features' scale is arbitrary, and
   with it the balance of the encoder's two losses; gamma depends on it likewise;
 - reconstructions and samples pass the decoder in one batch, and with it its batch norm;
-- Adam without momentum at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures
-  is an average too.
+- Adam at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures is an average too.
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128

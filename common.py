@@ -194,10 +194,10 @@ def load_folder(folder, size):
     names = sorted({*classes}, key=lambda c: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", c)])
     sets = [[], []]
     for i, ((path, above), name) in enumerate(zip(pictures, classes)):
-        is_test = above[0].lower() in test_names if split else i % 10 == 9
-        sets[is_test].append((path, names.index(name)))
+        sets[above[0].lower() in test_names if split else i % 10 == 9].append((path, names.index(name)))
     if not all(sets) or any(len({y for _, y in part}) < len(names) for part in sets[: 1 + split]):
         fail(f"--data {folder}: too few pictures, or classes missing in the training or the test set")
+    sets = [sorted(part, key=lambda picture: zlib.crc32(picture[0].name.encode())) for part in sets]  # mixed
     say(f"Reading {len(sets[0]) + len(sets[1])} pictures from {folder}")
     side = size or max(8, min(64, *load_picture(sets[0][0][0]).size) // 4 * 4)
     square = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--beta", type=float, default=8.0, help="weight of the KL divergence")
     add("--gamma", type=float, default=0.01, help="weight of the feature error in the decoder's loss")
-    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.15, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv)
 

@@ -3,9 +3,9 @@
 Images are float tensors (B, C, H, W) in [0, 1] everywhere outside a network; networks return logits. A data
 set is one uint8 tensor on the training device. Losses and training loops are in the scripts.
 
-What all have and no paper: small networks; Adam, in GANs without momentum; He's initialisation in
-discriminators (not in dcgan.py); generators that maximise log D(x_fake), as Goodfellow et al. advise, on the
-images that the discriminator has just seen, and whose pictures come from averaged weights (--ema).
+What all have and no paper: small networks; Adam, without momentum in GANs (vaegan.py: with beta_1 0.5); He's
+initialisation in discriminators (not in dcgan.py); generators that maximise log D(x_fake), as Goodfellow et
+al. advise, on the images that the discriminator has just seen, and draw with averaged weights (--ema).
 """
 
 import argparse

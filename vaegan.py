@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--beta", type=float, default=8.0, help="weight of the KL divergence")
     add("--gamma", type=float, default=0.01, help="weight of the feature error in the decoder's loss")
-    add("--lr-d", type=float, default=0.15, help="the discriminator's learning rate, as a factor of --lr")
+    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
     return parse(parser, argv)
 
@@ -120,9 +120,9 @@ def main(args):
     discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
     discriminator = to_device(discriminator, args.device)
     encoder_ema, decoder_ema = copy.deepcopy(encoder), copy.deepcopy(decoder)
-    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.0, 0.99))
-    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.0, 0.99))
-    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
+    opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
+    opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
+    opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
     z_fixed = torch.randn(64, args.latent_dim).to(args.device)
     x_fixed = data.x_test[:32].float() / 255
     networks = {

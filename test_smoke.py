@@ -371,7 +371,7 @@ class Data(Case):
         for folder, expected in cases.items():
             data = self.read(folder)
             self.assertEqual((data.classes, len(data.x_train), len(data.x_test), data.shape), expected)
-        self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # the first are of all classes
+        self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # mixed
 
     def test_folders_that_are_refused(self):
         for folder in ("half/Train", "half/training", "alone/train", "other/train", "broken"):

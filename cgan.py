@@ -86,7 +86,8 @@ def sample(generator, z, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    n_classes, (c, h, w) = len(data.classes), data.shape
+    c, h, w = data.shape
+    n_classes = len(data.classes)
     torch.manual_seed(args.seed)
     if args.arch == "mlp":
         generator = mlp_decoder(data.shape, args.hidden, args.latent_dim + n_classes)

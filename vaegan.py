@@ -48,7 +48,8 @@ from common import (
     conv_decoder, conv_discriminator, conv_encoder,
     interpolate, make_optimizer, predict, to_device, traverse, update_average,
     Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    say, shared_flags,
+    shared_flags,
+    say,
 )
 
 

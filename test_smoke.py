@@ -227,7 +227,7 @@ class CommandLine(Case):
     def test_documented_commands_and_flags_exist(self):
         readme = (HERE / "README.md").read_text()
         text = readme + "".join(importlib.import_module(script).__doc__ for script in SCRIPTS)
-        commands = re.findall(r"(?:python|uv run) (?!test_smoke|measure|judge)(\w+)\.py([^`\n|#]*)", text)
+        commands = re.findall(r"(?:python|uv run) (?!test_smoke|measure)(\w+)\.py([^`\n|#]*)", text)
         self.assertGreater(len(commands), 2 * len(SCRIPTS))
         for script, flags in commands:
             load(script + re.sub(r"--resume|--generate \d+", "", flags))
@@ -236,16 +236,15 @@ class CommandLine(Case):
         self.assertLessEqual(set(named), set(known))
 
     def test_measures_of_the_readme_work_on_what_a_run_leaves(self):
-        measure, judge = re.findall(r"import [^`]*\.py: python[^`]*", (HERE / "README.md").read_text())
+        measure = re.search(r"import [^`]*measure\.py: python[^`]*", (HERE / "README.md").read_text())[0]
         two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         classifier = mock.patch.object(common, "load_classifier", lambda args, data: two)
-        cases = {"vae": "unlike", "cgan": "samples", "gan": "a walk", "vaegan": "label kept"}
-        for script, last in cases.items():
+        for script, word in {"vaegan": "label kept", "cgan": "sure", "wgan": "gradient of 0.weight"}.items():
             call(f"{script} --data pictures --batch-size 2 --epochs 1 --out {script}")
-            with mock.patch.object(sys, "argv", ["", script, script]), classifier:
+            with mock.patch.object(sys, "argv", ["measure.py", script, script]), classifier:
                 with contextlib.redirect_stdout(io.StringIO()) as output:
-                    exec(judge if script == "vaegan" else measure, {})
-            self.assertIn(last, output.getvalue().splitlines()[-1])
+                    exec(measure, {})
+            self.assertIn(word, output.getvalue())
 
     def test_bad_input(self):
         Path("vaegan.pt").write_bytes(b"no checkpoint")

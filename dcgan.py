@@ -16,9 +16,9 @@ norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
     discriminator  minimises  loss_d
     generator      minimises  loss_g
 
-Differences from the paper, beside what common.py says of all scripts:
+Differences from the paper, beside what common.py says:
 - at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024), the
-  generator's last one at full size;
+  generator's last one at full size; kernels of 3 and 4 (the authors' code: 5);
 - batches of 32 (128), a learning rate of 1.4e-3 for the generator and 0.3 of it for the discriminator (2e-4
   for both): in so short a run both must learn faster, and the discriminator must not run ahead;
 - noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in 100).
@@ -26,9 +26,14 @@ Differences from the paper, beside what common.py says of all scripts:
     python dcgan.py --epochs 1
     python dcgan.py --data cifar10 --latent-dim 100 --epochs 25
 
-Files: dcgan.csv, dcgan_samples.png, dcgan_progress.png, dcgan_interpolation.png, dcgan.pt. Columns of the
-CSV: epoch, step, seconds of training; as means since the row before loss_d (2 log 2 = 1.39 at chance),
-d_real = D(x), d_fake = D(x_fake), loss_g (log 2 = 0.69 at chance); the scores of --score.
+Files: dcgan.csv, dcgan.pt, dcgan_*.png: samples, progress, interpolation. Columns of dcgan.csv beside epoch,
+step, seconds of training, as means since the row before:
+
+    loss_d     2 log 2 = 1.39 at chance
+    d_real     D(x)
+    d_fake     D(x_fake)
+    loss_g     log 2 = 0.69 at chance
+    fd ...     after each epoch, with --score: see README.md
 """
 
 import copy
@@ -38,15 +43,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
+    load_data,
     conv_decoder, conv_discriminator,
     interpolate, make_optimizer, predict, to_device, update_average,
-    Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    shared_flags,
+    load_classifier, score,
+    Log, load_checkpoint, save_checkpoint, save_grid, save_images,
+    parse, shared_flags,
 )
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=1.4e-3, latent_dim=10, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=32, lr=1.4e-3, latent_dim=10)
     add = parser.add_argument
     add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
@@ -66,21 +73,22 @@ def initialize(network):
 def train_step(x, args, generator, discriminator, opt_g, opt_d):
     """An update of both networks on x (B, C, H, W); returns detached scalars for the CSV."""
     # (1) Discriminator: maximise log D of real images + log(1 - D) of generated ones
-    x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).tanh()
+    z = torch.randn(len(x), args.latent_dim, device=x.device)
+    x_fake = generator(z).tanh()
     d_real, d_fake = discriminator(2 * x - 1), discriminator(x_fake.detach())  # both in [-1, 1]
     loss_d = (F.softplus(-d_real) + F.softplus(d_fake)).mean()  # -log sigmoid(d) = softplus(-d)
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
-    d_real, d_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
-    losses = {"loss_d": loss_d.detach(), "d_real": d_real, "d_fake": d_fake}
+    losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
 
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake)).mean()
     opt_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))
+    loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
     opt_g.step()
-    return {**losses, "loss_g": loss_g.detach()}
+    losses["loss_g"] = loss_g
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def sample(generator, z):
@@ -93,32 +101,34 @@ def main(args):
     torch.manual_seed(args.seed)
     generator = initialize(conv_decoder(data.shape, args.width, args.latent_dim))
     discriminator = initialize(conv_discriminator(data.shape, args.width, norm=True))
-    generator, discriminator = to_device(generator, args.device), to_device(discriminator, args.device)
     generator_ema = copy.deepcopy(generator)
+    networks = nn.ModuleDict({
+        "generator": generator, "discriminator": discriminator, "generator_ema": generator_ema,
+    })
+    to_device(networks, args.device)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    networks = {"generator": generator, "discriminator": discriminator, "generator_ema": generator_ema}
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
-    if args.generate:
+    if args.generate is not None:
         z = torch.randn(args.generate, args.latent_dim, device=args.device)
         save_images(args, sample(generator_ema, z))
-        return networks
+        return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        for x, _ in data.batches(args.batch_size, args.translate):
+        for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, generator, discriminator, opt_g, opt_d)
             update_average(generator_ema, generator, args.ema, log.step)
             log.add(losses)
-        x_fake = sample(generator_ema, z_fixed)
-        save_grid(args, "samples", x_fake)
-        save_grid(args, "progress", log.progress(x_fake), 10)
-        z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
+        samples = sample(generator_ema, z_fixed)
+        save_grid(args, "samples", samples)
+        save_grid(args, "progress", log.progress(samples), 10)
+        z_walk = interpolate(z_fixed[:16], z_fixed[1:17])
         save_grid(args, "interpolation", sample(generator_ema, z_walk), 6)
         scores = {}
         if args.score:
@@ -126,7 +136,7 @@ def main(args):
             scores = score(classifier, data, sample(generator_ema, z))
         log.end_epoch(scores)
         save_checkpoint(args, data, parts, epoch)
-    return networks
+    return networks.eval()
 
 
 if __name__ == "__main__":

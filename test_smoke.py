@@ -1,9 +1,19 @@
-"""Tests of the collection: python test_smoke.py, or pytest; no network and no data needed."""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision"]
+# ///
+"""Tests of the collection: python test_smoke.py, or pytest; no network and no data needed.
 
+Most look at a tiny run, three epochs of 13 steps on small pictures: what it did and left is computed once more.
+"""
+
+import atexit
 import contextlib
 import copy
 import csv
+import functools
 import importlib
+import inspect
 import io
 import math
 import os
@@ -15,67 +25,147 @@ import tempfile
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import NormalDist
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.utils import parameters_to_vector
+from torchvision.transforms.functional import pil_to_tensor
 
 import common
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS, CONDITIONAL = ("vae", "cvae", "gan", "cgan", "dcgan", "wgan", "vaegan"), ("cvae", "cgan")
-VAE, GAN = "loss loss_recon loss_kl test_neg_elbo test_recon test_kl", "loss_d d_real d_fake loss_g"
-COLUMNS = dict(zip(SCRIPTS, [VAE, VAE, GAN, GAN, GAN, "loss_d wasserstein penalty loss_g",
-                             "loss_d d_real d_recon d_fake loss_kl loss_features loss_g"]))
-ARCHES = [f"{s} --arch {a}" for s in ("vae", "cvae", "gan", "cgan", "wgan") for a in ("mlp", "conv")]
-ARCHES += ["vae --arch pixelcnn"]
-X, LABELS = common.draw_digits(8, seed=1)
-X, Y = X.float() / 255, F.one_hot(LABELS, 10).float()
-LR = 1e-2  # of the updates that are checked to the letter
+SCRIPTS = ("vae", "cvae", "gan", "cgan", "dcgan", "wgan", "vaegan")
+CONDITIONAL = ("cvae", "cgan")
+KINDS = [*SCRIPTS, "vae --arch conv", "vae --arch pixelcnn", "cvae --arch conv", "gan --arch conv",
+         "cgan --arch conv", "wgan --arch mlp"]
+TEMP = tempfile.TemporaryDirectory()
+atexit.register(TEMP.cleanup)
+PICTURES = Path(TEMP.name, "pictures")
 
 
-def load(command):
-    """The script of a command as a module, and what its flags parse to."""
-    script, *flags = command.split()
-    module = importlib.import_module(script)
-    return module, module.parse_args(["--device", "cpu", "--data-dir", "data", "--data", "synthetic", *flags])
+# ----- Tiny runs -------------------------------------------------------------------------------
+def make_pictures(folder, classes, n, size=(8, 8)):
+    """n grey pictures, each class in turn; [""]: a flat folder."""
+    for i in range(n):
+        path = Path(folder, classes[i % len(classes)], f"{i:02}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 50).save(path)
 
 
-def call(command):
-    """Run a command in this process; its networks, and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        module, args = load(command)
-        return module.main(args), output.getvalue()
+@functools.cache
+def pictures(part):
+    """Images (N, 1, 8, 8) and labels (N, 2) of the "train" or "test" folder."""
+    paths = sorted(Path(PICTURES, part).glob("*/*.png"))
+    y = torch.tensor(["ab".index(path.parent.name) for path in paths])
+    return read_images(paths), F.one_hot(y, 2).float()
 
 
-def help_of(script):
-    wide, output = mock.patch.dict(os.environ, COLUMNS="9999"), io.StringIO()
-    with wide, contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        load(f"{script} --help")
-    return " ".join(output.getvalue().split())
+def read_images(paths):
+    return torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
+
+
+def find(x, part):
+    """Where the images x are among the pictures()."""
+    return [[image.equal(x_i) for image in pictures(part)[0]].index(True) for x_i in x]
+
+
+def listen(function, heard, look=lambda call: None):
+    """`function`; of each call it puts down the arguments, "result", what look() saw "before" and "after"."""
+    def listening(*args, **kwargs):
+        call = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+        call["before"] = look(call)
+        call["result"] = function(*args, **kwargs)
+        call["after"] = look(call)
+        call["rates"] = {name: opt.param_groups[0]["lr"] for name, opt in call.items() if name.startswith("opt")}
+        heard.append(call)
+        return call["result"]
+    return listening
+
+
+class Run:
+    """A run in this process: what it did, and what it left in the folder `out`."""
+
+    def __init__(self, command, out, spoil=lambda run, call: None):
+        self.script, *flags = command.split()
+        self.module, self.out, self.spoil = importlib.import_module(self.script), Path(out), spoil
+        self.steps, self.sampled, self.scored = [], [], []
+        if not {"--resume", "--generate"} & {*flags}:
+            flags = "--epochs 3 --batch-size 2 --log-every 2 --width 4 --device cpu".split() + flags
+        self.args = self.module.parse_args(["--data", str(PICTURES), "--out", str(out), *flags])
+        heard = {
+            "train_step": listen(self.module.train_step, self.steps, self.look),
+            "sample": listen(self.module.sample, self.sampled),
+            "score": listen(mock.create_autospec(common.score, return_value={"fd": 7}), self.scored),
+            "load_classifier": mock.Mock(),
+        }
+        with mock.patch.multiple(self.module, **heard), contextlib.redirect_stdout(io.StringIO()) as output:
+            self.networks = self.module.main(self.args)
+        self.printed = output.getvalue()
+        self.epochs = self.sampled[:: max(1, len(self.sampled) // 3)]  # the samples of each
+        self.draws = {"vae": "decoder", "cvae": "decoder", "vaegan": "decoder_ema"}.get(self.script, "generator_ema")
+
+    def look(self, call):
+        """Copies of the weights that a step finds and leaves."""
+        if "result" in call:
+            self.spoil(self, call)
+        modules = {name: value for name, value in call.items() if isinstance(value, nn.Module)}
+        assert all(module.training for module in modules.values())
+        return {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+
+    def rows(self):
+        return [{**row, "seconds": ""} for row in read_csv(self.out / f"{self.script}.csv")]
+
+    def files(self):
+        return self.rows(), {path.name: path.read_bytes() for path in self.out.glob("*.png")}
+
+    def saved(self, name):
+        return torch.load(self.out / f"{self.script}.pt")["parts"][name]
+
+    def grid(self, what, columns):
+        """The images (N, 1, 8, 8) of NAME_what.png, row by row."""
+        (image,) = read_images([self.out / f"{self.script}_{what}.png"])
+        cells = image[:1, 2:, 2:].unfold(1, 8, 10).unfold(2, 8, 10)
+        assert cells.shape[2] == columns
+        return cells.flatten(0, 2)[:, None]
+
+    def draw(self, z, *y):
+        """What the saved network that draws makes of z (N, D) and labels y (N, classes)."""
+        network = self.networks[self.draws].eval()
+        network.load_state_dict(self.saved(self.draws))
+        logits = network(z, *y).detach()
+        return (logits.tanh() + 1) / 2 if self.script == "dcgan" else logits.sigmoid()
+
+
+def trained(call):
+    """The optimisers of a step, each with the networks that it trains: all, or one each in this order."""
+    modules = [value for value in call.values() if isinstance(value, nn.Module)]
+    optimizers = {name: value for name, value in call.items() if name.startswith("opt")}
+    each = [modules] if len(optimizers) == 1 else [[module] for module in modules]
+    return {name: (value, nn.ModuleList(group)) for (name, value), group in zip(optimizers.items(), each)}
+
+
+@functools.cache
+def tiny_run(command):
+    return Run(command, tempfile.mkdtemp(dir=TEMP.name))
 
 
 def read_csv(path):
     return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
-def small_networks(script, latent_dim):
-    """An encoder, a decoder and a discriminator of digits; told the label if the script is conditional."""
-    more = 10 if script in CONDITIONAL else 0
-    encoder = common.conv_encoder((1 + more, 28, 28), 4, 2 * latent_dim)
-    decoder = common.conv_decoder((1, 28, 28), 4, latent_dim + more)
-    discriminator = common.conv_discriminator((1 + more, 28, 28), 4, [8], norm=script == "dcgan")
-    return [common.Conditional(n) if more else n for n in (encoder, decoder, discriminator)]
+def load(command):
+    """The script of a command as a module, and what its flags parse to."""
+    script, *flags = command.split()
+    module = importlib.import_module(script)
+    return module, module.parse_args(["--device", "cpu", "--data-dir", "none", "--data", "synthetic", *flags])
 
 
-def descend(loss, network):
-    """A step of plain gradient descent, by this network alone."""
-    gradients = torch.autograd.grad(loss.mean(), list(network.parameters()), retain_graph=True)
-    for parameter, gradient in zip(network.parameters(), gradients):
-        parameter.data -= LR * gradient
+def call(command):
+    module, args = load(command)
+    return module.main(args)
 
 
 class Case(unittest.TestCase):
@@ -84,11 +174,16 @@ class Case(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder.name)
-        self.pictures("pictures")
         torch.manual_seed(0)
+        if not PICTURES.exists():
+            make_pictures(PICTURES / "train", "ab", 27)
+            make_pictures(PICTURES / "test", "ab", 34)
+
+    def close(self, a, b, atol=1e-5):
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
 
     def check_fails(self, cases, status=2, run=call):
-        """Each command ends with this status and one line on stderr, argparse's with two, that says this."""
+        """Each command ends with this status and a line on stderr, argparse's with two, that says this."""
         for command, message in cases.items():
             with self.subTest(command), contextlib.redirect_stderr(io.StringIO()) as error:
                 with contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as end:
@@ -97,132 +192,573 @@ class Case(unittest.TestCase):
                 self.assertIn(error.getvalue().count("\n"), (1, 2))
                 self.assertIn(message, error.getvalue())
 
-    def pictures(self, folder, classes="ab", n=30, size=(8, 8)):
-        """A folder of n small pictures in these classes; [""]: a flat one."""
-        for i in range(n):
-            path = Path(folder, classes[i % len(classes)], f"{i}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise(size, 50).save(path)
-
-    def read(self, data):
-        """The data set of this --data, with any further flags."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            return common.load_data(load(f"vae --batch-size 2 --data {data}")[1])
-
-    def tiny_run(self, command, out="out", hook=lambda *_: None):
-        """Three epochs of 13 steps; the pictures and the CSV, less the seconds. `hook` follows each step."""
-        script, _, flags = command.partition(" ")
-        step = importlib.import_module(script).train_step
-
-        def train_step(*args):
-            losses = step(*args)
-            hook(losses, *args)
-            return losses
-
-        tiny = "" if "--resume" in flags else "--epochs 3 --batch-size 2 --log-every 2"
-        with mock.patch(f"{script}.train_step", train_step):
-            call(f"{script} --data pictures --out {out} {tiny} {flags}")
-        rows = [{**row, "seconds": ""} for row in read_csv(f"{out}/{script}.csv")]
-        return rows, {path.name: path.read_bytes() for path in Path(out).glob("*.png")}
-
-    def steps(self, command):
-        """The arguments of each train_step() of a tiny run of two epochs."""
-        hook = mock.Mock()
-        self.tiny_run(f"{command} --epochs 2", hook=hook)
-        return [call.args[1:] for call in hook.call_args_list]
-
 
 class CommandLine(Case):
-    def check_files(self, script, out):
-        """The expected files and no others, all of them sound; returns the CSV's losses."""
-        saved = torch.load(out / f"{script}.pt", weights_only=True)
-        side, cell = 10 if script in CONDITIONAL else 8, (saved["flags"]["image_size"] or 28) + 2
-        grids = {"samples": (side, side), "progress": (10, 1), "interpolation": (6, 16)}  # columns, rows
-        if "encoder" in saved["parts"]:
-            z, plane = saved["flags"]["latent_dim"], {"manifold": (20, 20), "latent": (24, 20)}
-            grids |= {"reconstructions": (8, 8), "traversal": (10, min(10, z)), **(plane if z == 2 else {})}
-        files = [f"{script}.csv", f"{script}.pt", *(f"{script}_{name}.png" for name in grids)]
-        self.assertEqual(sorted(os.listdir(out)), sorted(files))
-        for name, grid in grids.items():
-            with Image.open(out / f"{script}_{name}.png") as image:
-                self.assertEqual((image.width // cell, image.height // cell), grid, name)
-                column = {image.crop((2, i + 2, cell, i + cell)).tobytes() for i in range(0, 10 * cell, cell)}
-            if name == "samples" and script in CONDITIONAL:  # labels matter
-                self.assertEqual(len(column), 10)
-        (row,) = read_csv(out / f"{script}.csv")
-        epoch, step, _, *losses = row.values()
-        self.assertEqual(list(row), ["epoch", "step", "seconds", *COLUMNS[script].split()])
-        self.assertTrue((epoch, step) == ("1", "2") and all(math.isfinite(float(x)) for x in losses), row)
-        return losses
+    def test_every_script_runs(self):
+        def run(script):
+            command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--data=synthetic", "--out=out"]
+            return subprocess.run(command, capture_output=True, text=True)
 
-    def test_every_script_by_its_command_line_and_in_process(self):
+        with ThreadPoolExecutor(2) as pool:
+            for script, done in zip(SCRIPTS, pool.map(run, SCRIPTS)):
+                self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout + done.stderr)
+                self.assertTrue(Path(f"out/dry-run/{script}.pt").exists())
+
+
+class TinyRuns(Case):
+    def test_csv_has_the_means_of_the_losses_by_their_documented_names(self):
+        for command in KINDS:
+            run, losses, kept, done = tiny_run(command), [], {}, 0
+            for step in run.steps:  # a generator that rests keeps its loss
+                kept = {**kept, **{name: value.item() for name, value in step["result"].items()}}
+                losses.append(kept)
+            block = run.module.__doc__.split("Columns of")[1]
+            names = ", ".join(re.findall(r"^    (\w+(?:, \w+)*)(?:  |$)", block, re.M)).split(", ")
+            for row in run.rows():
+                self.assertEqual(set(row), {"epoch", "step", "seconds", *names})
+                part, done = losses[done : int(row["step"])], int(row["step"])
+                for name in kept:
+                    self.close(float(row[name]), sum(step[name] for step in part) / len(part))
+                for name in {*names} - {*kept}:  # of the test set
+                    self.assertEqual(row[name] > "", done % 13 == 0)
+                self.assertEqual(int(row["epoch"]), math.ceil(done / 13))
+            steps = [int(row["step"]) for row in run.rows()]
+            self.assertEqual(steps, sorted({*range(2, 39, 2), 13, 26, 39}))
+
+    def test_pictures_are_what_the_saved_network_draws(self):
+        for command in {*KINDS} - {"vae --arch pixelcnn"}:  # it draws anew each time
+            run, columns, shown, y = tiny_run(command), (8, 10), [*range(10)], []
+            z = run.epochs[0]["z"]
+            self.assertTrue(all(call["z"].equal(z) for call in run.epochs))
+            self.assertLess(z.mean().abs() + (z.std() - 1).abs(), 0.4)  # it is normal
+            walks, labels = [torch.lerp(z[i], z[i + 1], t / 5) for i in range(16) for t in range(6)], []
+            if run.script in CONDITIONAL:  # a row per class, the same noise down a column
+                columns, shown, y = (10, 2), [0, 11], [torch.eye(2).repeat_interleave(10, 0)]
+                self.close((run.epochs[0]["y"], z[:10]), (y[0], z[10:]))
+                walks[48:] = [z[i] for i in range(8) for t in range(6)]
+                turn = torch.eye(2).repeat(5, 1)
+                labels = [torch.lerp(turn[i], turn[i + 1], t / 5 * k) for k in (0, 1) for i in range(8) for t in range(6)]
+                labels = [torch.stack(labels)]
+            with self.subTest(command):
+                self.close(run.grid("samples", columns[0]), run.draw(z, *y), 1 / 255)
+                self.close(run.grid("interpolation", 6), run.draw(torch.stack(walks), *labels), 1 / 255)
+                progress = torch.cat([call["result"][shown] for call in run.epochs])
+                self.close(run.grid("progress", columns[1]), progress, 1 / 255)
+
+    def test_pictures_of_encoders(self):
+        for command in ("vae", "vae --latent-dim 2", "vae --arch conv", "cvae", "cvae --arch conv", "vaegan"):
+            run, (x, y) = tiny_run(command), pictures("test")
+            pairs = run.grid("reconstructions", 8)
+            which = find(pairs[::2], "test")
+            self.assertEqual(len({*which}), 32)
+            y = [y] if run.script == "cvae" else []
+            encoder = run.networks["encoder_ema" if command == "vaegan" else "encoder"]
+            codes = encoder(x, *y).detach().chunk(2, 1)[0]
+            mu, same = codes[which], [label[which[:1]].expand(100, -1) for label in y]
+            dims = mu.var(0).argsort(descending=True)[:10]  # those that vary most
+            z = mu[:1].repeat(10 * len(dims), 1)
+            for i, dim in enumerate(dims):
+                z[10 * i : 10 * i + 10, dim] = torch.arange(10) * 6 / 9 - 3
+            with self.subTest(command):
+                self.close(pairs[1::2], run.draw(mu, *[label[which] for label in y]), 1 / 255)
+                self.close(run.grid("traversal", 10), run.draw(z, *[label[: len(z)] for label in same]), 1 / 255)
+                if len(dims) == 2:
+                    ticks = [NormalDist().inv_cdf((i + 0.5) / 20) for i in range(20)]
+                    plane = torch.tensor([(x, y) for y in reversed(ticks) for x in ticks])  # z_2 rises to the top
+                    self.close(run.grid("manifold", 20), run.draw(plane), 1 / 255)
+                    nearest = (plane[:, None] - codes).norm(dim=2).argmin(1)
+                    self.close(run.grid("latent", 20), x[nearest], 1 / 255)
+
+    def test_an_epoch_is_the_training_set_and_labels_belong_to_images(self):
         for script in SCRIPTS:
-            with self.subTest(script):
-                here, there = Path("here", script), Path("there", script)
-                command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--data", "synthetic"]
-                command += ["--out", there, "--device", "auto" if script == "vae" else "cpu"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                self.assertEqual((done.returncode, done.stderr), (0, ""))
-                call(f"{script} --dry-run --out {here} --log-every 7")
-                losses = [self.check_files(script, out) for out in (here, there)]
-                if script != "vae" or not torch.accelerator.is_available():
-                    self.assertEqual(*losses)
-                call(f"{script} --generate 20 --out {here}")
-                folders = [path.parent.name for path in here.rglob("0*.png")]
-                expected = sorted(2 * "0123456789") if script in CONDITIONAL else 20 * [f"{script}_generated"]
-                self.assertEqual(sorted(folders), expected)
+            orders, run = [], tiny_run(script)
+            for first in (0, 13, 26):
+                part = run.steps[first : first + 13]
+                orders.append(find(torch.cat([step["x"] for step in part]), "train"))
+                self.assertEqual(len({*orders[-1]}), 26)
+                if script in CONDITIONAL:
+                    y = torch.cat([step["y"] for step in part])
+                    self.close(y, pictures("train")[1][orders[-1]])
+            other = tiny_run(f"{script} --score --seed 1")
+            self.assertNotIn(find(other.steps[0]["x"], "train"), [order[:2] for order in orders])
+            self.assertNotEqual(orders[0], orders[1])
+            self.assertFalse(other.epochs[0]["z"].equal(run.epochs[0]["z"]))
 
-    def test_other_ways_to_train(self):
-        for command in (
-            "vae --latent-dim 2 --binarize --norm none", "cvae --arch conv --binarize --norm none",
-            "vae --arch conv --recon mse --opt rmsprop --translate 0.1", "vae --arch pixelcnn --image-size 8",
-            "gan --arch conv --loss minimax --d-steps 2", "gan --hidden 32 64 --dropout 0.3 --opt sgd",
-            "wgan --arch mlp --norm batch --n-critic 2", "wgan --lipschitz clip --norm batch --width 8",
-            "wgan --arch mlp --lipschitz clip", "cgan --arch conv --ema 0",
-        ):
+    def test_optimizers(self):
+        betas = {"vae": (0.9, 0.999), "cvae": (0.9, 0.999), "wgan": (0.0, 0.9), "vaegan": (0.5, 0.999)}
+        for script in SCRIPTS:
+            run = tiny_run(script)
+            for i, step in enumerate(run.steps):
+                for name, (optimizer, networks) in trained(step).items():
+                    (group,) = optimizer.param_groups
+                    self.assertEqual([*map(id, group["params"])], [*map(id, networks.parameters())])
+                    self.assertEqual(group["betas"], betas.get(script, (0.0, 0.99)))
+                    rate = run.args.lr * (run.args.lr_d if name == "opt_d" else 1)
+                    self.close(step["rates"][name], rate * (1 - i / 39 if name == "opt" else 1), 1e-9)
+            for name, value in step.items():  # and none is an average
+                self.assertIs(value, run.networks[name] if isinstance(value, nn.Module) else value)
+        step = tiny_run("vae --lr-schedule constant --opt rmsprop").steps[-1]
+        self.assertEqual((step["rates"]["opt"], type(step["opt"])), (3e-3, torch.optim.RMSprop))
+
+    def test_average_of_the_weights(self):
+        for command in ("gan", "cgan", "dcgan", "wgan", "vaegan", "gan --ema 0"):
+            run = tiny_run(command)
+            turns = [step for step in run.steps if "loss_g" in step["result"]]
+            for name in {"encoder", "decoder", "generator"} & {*run.networks}:
+                average = run.steps[0]["before"][name]
+                for i, step in enumerate(turns):
+                    k = [0, 1, 2, 2, 3, 4, 5, 6, 7][i] if command == "wgan" else i  # 0, 5, 10, 13 ... // 5
+                    decay = min(run.args.ema, (1 + k) / (10 + k))
+                    for key, value in step["after"][name].items():
+                        kept = decay if value.is_floating_point() else 0
+                        average[key] = kept * average[key] + (1 - kept) * value
+                self.close(dict(run.saved(f"{name}_ema")), dict(average))
+
+    def test_scores_are_of_samples_of_the_network_that_draws(self):
+        for command in (*SCRIPTS, "vae --arch pixelcnn"):
+            run, n = tiny_run(f"{command} --score --seed 1"), 1_000 if "pixel" in command else 10_000
+            drawn, y = [call for call in run.sampled if len(call["z"]) == n], []
+            for scored, call in zip(run.scored, drawn):
+                self.assertIs(scored["x"], call["result"])
+            self.assertLess(call["z"].mean().abs() + (call["z"].std() - 1).abs(), 0.1)
+            self.assertEqual(scored.get("binarize", False), n == 1_000)
+            if command in CONDITIONAL:
+                y = [torch.eye(2).repeat(n // 2, 1)]
+                self.close((call["y"], scored["labels"]), (y[0], y[0].argmax(1)))
+            if n > 1_000:
+                self.close(scored["x"], run.draw(call["z"], *y))
+            self.assertEqual([row["step"] for row in run.rows() if row["fd"] == "7"], ["13", "26", "39"])
+
+    def test_generate(self):
+        for script in SCRIPTS:
+            trained, y, folders = tiny_run(script), [], [f"{script}_generated"] * 6
+            (call,) = Run(f"{script} --generate 6", trained.out).sampled
+            if script in CONDITIONAL:
+                y, folders = [torch.eye(2).repeat(3, 1)], ["a", "b"] * 3
+            paths = sorted(trained.out.rglob("00*.png"), key=lambda path: path.name)
+            self.assertEqual([path.parent.name for path in paths], folders)
+            self.close(read_images(paths), trained.draw(call["z"], *y), 0.51 / 255)
+            times = {path: path.stat().st_mtime_ns for path in trained.out.rglob("*")}
+            loaded = Run(f"{script} --generate 0", trained.out).networks
+            self.assertEqual(times, {path: path.stat().st_mtime_ns for path in trained.out.rglob("*")})
+            self.close(dict(loaded.state_dict()), dict(trained.networks.state_dict()))
+            for networks in (loaded, trained.networks):
+                self.assertFalse(any(module.training for module in networks.modules()))
+
+    def test_turns_weights_and_bounds(self):
+        for command, n in {"gan --d-steps 3": 3, "wgan": 5}.items():
+            turns = ["loss_g" in step["result"] for step in tiny_run(command).steps]
+            self.assertEqual(turns, [i % n == 0 for i in range(13)] * 3)
+        run = tiny_run("vae --beta 4 --kl-warmup 2 --binarize")
+        self.close([step["beta"] for step in run.steps], [4 * i / 26 for i in range(26)] + [4.0] * 13)
+        for run in (run, tiny_run("cvae --binarize")):
+            x, shown = torch.cat([step["x"] for step in run.steps]), run.grid("reconstructions", 8)[::2]
+            self.assertEqual((x.unique().tolist(), shown.unique().tolist()), ([0, 1], [0, 1]))
+            self.assertLess((x.mean() - pictures("train")[0].mean()).abs(), 0.05)
+        for step in tiny_run("wgan --lipschitz clip --clip 0.02").steps:
+            weights = torch.cat([value.flatten() for value in step["after"]["critic"].values()])
+            self.close(weights.abs().max(), torch.tensor(0.02))
+
+
+class Resuming(Case):
+    def test_stopped_and_resumed_run_leaves_the_files_of_one_that_was_not(self):
+        def stop(run, call):
+            if len(run.steps) == 14:  # in the second epoch
+                raise KeyboardInterrupt
+
+        for command in KINDS:
             with self.subTest(command), tempfile.TemporaryDirectory() as out:
-                call(f"{command} --dry-run --out {out}")
-                self.check_files(command.split()[0], Path(out))
+                through = tiny_run(command)
+                with self.assertRaises(KeyboardInterrupt):
+                    Run(command, out, stop)
+                self.assertEqual(Run(f"{through.script} --resume", out).files(), through.files())
 
-    def test_scoring_changes_neither_training_nor_pictures(self):
-        results = []
-        for flags in ("", "--score"):
-            call(f"vae --dry-run --out out {flags}")
-            (row,), pictures = read_csv("out/vae.csv"), sorted(Path("out").glob("*.png"))
-            results.append([row[name] for name in VAE.split()] + [path.read_bytes() for path in pictures])
-        self.assertEqual(*results)
-        self.assertEqual(list(row)[-5:], ["fd", "classes", "class_kl", "precision", "recall"])
-        self.assertFalse(Path("data").exists())  # a dry run leaves no classifier behind
+    def test_moments_from_another_kind_of_device(self):
+        def elsewhere(network, device):  # where convolutions are stored in another order than on a CPU
+            return network.to(device, memory_format=torch.contiguous_format)
 
-    def test_guest_in_a_thread_of_another_program(self):
-        argv = mock.patch.object(sys, "argv", ["kernel", "-f", "kernel.json"])
-        beside = mock.patch.object(common.Path, "resolve", lambda path: Path.cwd() / path.name)
-        with argv, beside, ThreadPoolExecutor() as pool:
-            networks, printed = pool.submit(call, "vaegan --dry-run").result()
-            pool.submit(call, "vaegan --dry-run --generate 1").result()
-        self.assertTrue({"encoder", "decoder_ema"} < set(networks))
-        self.assertEqual(sorted(os.listdir()), ["dry-run", "pictures"])
-        self.assertIn(str(Path.cwd() / "dry-run"), printed)
+        with mock.patch("dcgan.to_device", elsewhere):
+            moments = Run("dcgan --epochs 1", "out").steps[-1]["opt_g"].state_dict()["state"]
+        with mock.patch("torch.optim.Adam.step"):
+            step = Run("dcgan --resume --epochs 2", "out").steps[0]
+        for i, weight in enumerate(step["generator"].parameters()):
+            moment = step["opt_g"].state[weight]["exp_avg"]
+            self.assertEqual(moment.stride(), weight.stride())
+            self.close(moment, moments[i]["exp_avg"])
 
-    def test_prints_at_once_and_with_escapes_but_nothing_on_import(self):
-        code = f"import torch, os\nbefore = torch.get_rng_state()\nimport {', '.join(SCRIPTS)}\n"
-        code += "assert torch.equal(before, torch.get_rng_state())\n"
-        code += "from common import say\nsay('\\u00e9 \\udcff')\nos._exit(0)"
-        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
-        done = subprocess.run([sys.executable, "-B", "-c", code, "--nonsense"], env=env, capture_output=True)
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"\\xe9 \\udcff\n", b""))
+    def test_what_cannot_be_resumed_or_generated(self):
+        through = tiny_run("vae --lr-schedule constant")
+        before = Run("vae --lr-schedule constant --epochs 2", "out").files()
+        again = Run("vae --resume", "out")
+        self.assertIn("is at epoch 2 of 2: raise --epochs", again.printed)
+        self.assertEqual((again.files(), again.steps), (before, []))
+        self.assertEqual(Run("vae --resume --epochs 3", "out").files(), through.files())
+        Path("out/gan.pt").write_bytes(Path("out/vae.pt").read_bytes())
+        self.check_fails({
+            "vae --resume --out out --seed 1": "run with --seed 0", "gan --generate 1 --out out": "of vae.py",
+            "vae --generate 1 --out out --width 8": "run with --width 4", "vae --generate 1": "train first",
+            f"vae --resume --out out --epochs 4 --data {PICTURES / 'test'}": "other data",
+        })
 
-    def test_help_is_the_same_for_shared_flags_and_says_what_choices_bring(self):
-        texts = [help_of(script).split("options:")[1] for script in SCRIPTS]
-        self.assertNotIn("None", "".join(texts))
-        shared = {re.sub(r"\(default[^)]*\)", "", text.split(" --dry-run two steps")[0]) for text in texts}
-        self.assertEqual(len(shared), 1, shared)
-        for command in [*ARCHES, "wgan --lipschitz clip"]:
-            script, flag, choice = command.split()
-            said = re.search(rf"{flag} [^(]*?\b{choice}[^;(]* brings? ([^;(]*)", help_of(script))
-            _, args = load(f"{script} {said[1] if said else ''}")
-            setattr(args, flag[2:], choice)
-            self.assertEqual(args, load(command)[1])
+    def test_losses_or_weights_that_are_not_finite_end_a_run_and_are_not_saved(self):
+        def spoil(run, call):
+            if len(run.steps) == 19:
+                weight = call["encoder"][1][0].weight.data
+                (call["result"]["loss_kl"] if name == "loss_kl" else weight).fill_(math.nan)
+
+        for name in ("loss_kl", "encoder.1.0.weight"):
+            message = f"{name} is not finite at step 20"
+            self.check_fails({"vae": message}, 1, lambda vae: Run(vae, "out", spoil))
+            self.assertEqual([row["step"] for row in read_csv("out/vae.csv")][-3:], ["14", "16", "18"])
+            self.assertEqual(torch.load("out/vae.pt")["epoch"], 1)
+        self.check_fails({"vae --lr 1e30 --opt sgd": "diverged"}, 1, lambda vae: Run(vae, "out"))
+        self.assertEqual(len(read_csv("out/vae.csv")), 10)  # the good CSV is still there
+
+    def test_many_epochs_and_a_terminal(self):
+        data = common.Data("", *2 * [(torch.zeros(2, 1, 1, 1), torch.zeros(2))], ["0"])
+        args = mock.Mock(epochs=250, generate=0, batch_size=1, log_every=1, out=Path())
+        log, terminal = common.Log(args, data, nn.ModuleDict()), io.StringIO()
+        for log.epoch in range(1, 251):
+            image = log.progress(torch.full((12, 1, 1, 1), log.epoch / 255))
+            shown = [epoch for epoch in range(1, log.epoch + 1) if epoch % 3 == 0 or epoch == log.epoch]
+            self.assertEqual((255 * image[::10]).flatten().round().tolist(), shown)
+        log.start_epoch(3)
+        log.step, log.start, args.name, terminal.isatty = 4, log.start - 61, "run", lambda: True
+        with contextlib.redirect_stdout(terminal):
+            log.add({"loss": torch.tensor(0.5)})
+        self.assertRegex(terminal.getvalue(), r"epoch 3/250  step 5/500  1:01, 100:.. left  loss 0.5$")
+
+
+class Networks(Case):
+    def layers(self, network):
+        """Kinds of layers as letters, with their sizes: C16x8 is a convolution from 8 to 16 channels."""
+        kinds = {nn.Linear: "L", nn.Conv2d: "C", nn.BatchNorm1d: "B", nn.BatchNorm2d: "B", nn.ReLU: "R",
+                 nn.LeakyReLU: "l", nn.Flatten: "F", nn.Unflatten: "U", nn.ConvTranspose2d: "T"}
+        found = [layer for layer in network.modules() if type(layer) in kinds]
+        sizes = ["x".join(map(str, getattr(layer, "weight", torch.zeros(())).shape[:2])) for layer in found]
+        return " ".join(kinds[type(layer)] + size for layer, size in zip(found, sizes))
+
+    def test_layers(self):
+        encoder, decoder = "C4x1 B4 l F L16x64 ", "L128x8 U B8 R T8x4 B4 R T4x1"
+        discriminator, dcgan = " C4x1 l C8x4 l F L16x32 l L1x16 F", " C4x1 l C8x4 B8 l F L1x32 F"
+        of_10 = decoder.replace("x8 U", "x10 U")
+        table = {
+            "vae --hidden 9 7": "F L9x64 B9 R L7x9 B7 R L40x7 L7x20 B7 R L9x7 B9 R L64x9 U",
+            "vae --norm none --hidden 9": "F L9x64 R L40x9 L9x20 R L64x9 U",
+            "vae --arch conv": encoder + decoder,
+            "vae --arch conv --norm none": re.sub(r"B\d+ ", "", encoder + decoder),
+            "cvae --hidden 9": "L9x66 B9 R L16x9 L9x10 B9 R L64x9 U",
+            "cvae --arch conv": encoder.replace("4x1", "4x3") + of_10,
+            "gan --hidden 9 7": "L9x100 B9 R L7x9 B7 R L64x7 U F L7x64 l L9x7 l L1x9 F",
+            "gan --arch conv": decoder + discriminator,
+            "cgan --hidden 9": "L9x102 B9 R L64x9 U L9x66 l L1x9 F",
+            "cgan --arch conv": decoder.replace("x8 U", "x102 U") + dcgan.replace("4x1", "4x3"),
+            "dcgan": of_10 + dcgan,
+            "wgan": of_10 + discriminator.replace("L16", "L64").replace("1x16", "1x64"),
+            "wgan --arch mlp --hidden 9 --norm batch": "L9x10 B9 R L64x9 U F L9x64 B9 l L1x9 F",
+            "vaegan": encoder + decoder + discriminator,
+        }
+        for command, expected in table.items():
+            networks = tiny_run(command).networks
+            own = nn.ModuleList(networks[name] for name in networks if "_ema" not in name)
+            self.assertEqual(self.layers(own), expected, command)
+        for size in (12, 28, 36, 64):
+            x = common.conv_decoder((3, size, size), 2, 5)(torch.randn(2, 5))
+            self.assertEqual(x.shape, (2, 3, size, size))
+            self.assertEqual(common.conv_discriminator(x.shape[1:], 2, [8], True)(x).shape, (2,))
+
+    def test_first_weights_and_labels(self):
+        for script in ("gan", "wgan", "dcgan"):
+            first = tiny_run(f"{script} --epochs 1 --width 32").steps[0]["before"]
+            weight = max(first.get("discriminator", first.get("critic")).values(), key=torch.numel)
+            std = 0.02 if script == "dcgan" else (2 / 1.04 / weight[0].numel()) ** 0.5  # He et al.
+            self.close(weight.std() / std, torch.tensor(1.0), 0.1)
+        x, y = pictures("test")
+        seen = common.Conditional(nn.Identity())(x, y)
+        self.close((seen[:, :1], seen[:, 1:]), (x, y[:, :, None, None].expand(-1, -1, 8, 8)))
+        seen = common.Conditional(nn.Identity(), flat=True)(x, y)
+        self.close(seen, torch.cat([x.flatten(1), y * 32**0.5], 1))
+
+
+class Updates(Case):
+    """Two steps of plain gradient descent by each script, and by the formulas of its docstring."""
+
+    def check(self, command, by_hand):
+        run = tiny_run(command)
+        given = {name: value for name, value in run.steps[0].items() if not isinstance(value, dict)}
+        modules = {name: value.train() for name, value in given.items() if isinstance(value, nn.Module)}
+        start, ours, theirs = (copy.deepcopy(modules) for _ in range(3))
+        given |= theirs
+        for name, (_, networks) in trained(given).items():
+            given[name] = torch.optim.SGD(networks.parameters(), 0.01)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            expected = by_hand(run.args, given["x"], [given[name] for name in given if name == "y"], *ours.values())
+            torch.manual_seed(seed)
+            losses = run.module.train_step(**given)
+            self.close(losses, {name: expected[name].mean().detach() for name in losses}, 1e-3)
+        for networks in zip(start.values(), ours.values(), theirs.values()):
+            flat = [torch.cat([weight.flatten() for weight in network.parameters()]) for network in networks]
+            moved = (flat[1] - flat[0]).abs().max().item()
+            self.assertGreater(moved, 1e-5)
+            torch.testing.assert_close(flat[2] - flat[0], flat[1] - flat[0], rtol=1e-2, atol=1e-3 * moved)
+
+    def descend(self, loss, *networks):
+        parameters = [parameter for network in networks for parameter in network.parameters()]
+        gradients = torch.autograd.grad(loss.mean(), parameters, retain_graph=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.data -= 0.01 * gradient
+
+    def encode(self, encoder, x, *y):
+        """z of q(z|x), and KL(q(z|x) || N(0, I))."""
+        mu, logvar = encoder(x, *y).chunk(2, 1)
+        kl = (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
+        return mu + (logvar / 2).exp() * torch.randn_like(mu), kl
+
+    def test_vae(self):
+        def by_hand(args, x, y, encoder, decoder):
+            z, kl = self.encode(encoder, x, *y)
+            logits = decoder(z, *y)
+            p = torch.distributions.Bernoulli(logits=logits, validate_args=False)
+            if "mse" in vars(args).values():
+                p = torch.distributions.Normal(logits.sigmoid(), 0.5**0.5)
+            recon = -p.log_prob(x).flatten(1).sum(1)
+            self.descend(recon + 3 * kl, encoder, decoder)
+            return {"loss": recon + 3 * kl, "loss_recon": recon, "loss_kl": kl}
+
+        for command in ("vae --arch conv", "vae --arch conv --recon mse", "cvae --arch conv"):
+            self.check(f"{command} --beta 3", by_hand)
+
+    def test_vaegan(self):
+        def by_hand(args, x, y, e, g, d):
+            z, kl = self.encode(e, x)
+            x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
+            real, recon, fake = d(x), d(x_recon), d(x_fake)
+            features = (d.features(x) - d.features(x_recon)).square().flatten(1).sum(1) / 2
+            loss_d = -F.logsigmoid(real) - F.logsigmoid(-recon) - F.logsigmoid(-fake)
+            loss_g = 0.1 * features - F.logsigmoid(recon) - F.logsigmoid(fake)
+            self.descend(8 * kl + features, e)
+            self.descend(loss_g, g)
+            self.descend(loss_d, d)
+            return {"loss_d": loss_d, "loss_g": loss_g, "loss_kl": kl, "loss_features": features,
+                    "d_real": real.sigmoid(), "d_recon": recon.sigmoid(), "d_fake": fake.sigmoid()}
+
+        self.check("vaegan --gamma 0.1", by_hand)
+
+    def test_gans(self):
+        def by_hand(args, x, y, g, d):
+            x_fake, penalty = g(torch.randn(2, args.latent_dim), *y), torch.zeros(())
+            x_fake, x = (x_fake.tanh(), 2 * x - 1) if args.name == "dcgan" else (x_fake.sigmoid(), x)
+            real, fake = d(x, *y), d(x_fake, *y)
+            loss_d = -F.logsigmoid(real) - F.logsigmoid(-fake)  # -log D(x) - log(1 - D(x_fake))
+            if args.name == "wgan":
+                if args.lipschitz == "gp":
+                    penalty = load("wgan")[0].gradient_penalty(d, x, x_fake.detach())
+                loss_d = fake - real + 10 * penalty
+            self.descend(loss_d, d)
+            for weight in d.parameters():
+                weight.data.clamp_(-vars(args).get("clip", 99), vars(args).get("clip", 99))
+            again = d(x_fake, *y)
+            loss_g = -again if args.name == "wgan" else -F.logsigmoid(again)
+            if "minimax" in vars(args).values():
+                loss_g = F.logsigmoid(-again)
+            self.descend(loss_g, g)
+            return {"loss_d": loss_d, "loss_g": loss_g, "d_real": real.sigmoid(), "d_fake": fake.sigmoid(),
+                    "wasserstein": real - fake, "penalty": penalty}
+
+        for command in ("gan --arch conv", "gan --arch conv --loss minimax", "cgan --arch conv", "dcgan",
+                        "wgan --clip 99", "wgan --lipschitz clip"):
+            self.check(command, by_hand)
+
+    def test_gradient_penalty(self):
+        def critic(x_hat):  # of gradient weight * x_hat
+            heard.append(x_hat)
+            return weight * x_hat.square().flatten(1).sum(1) / 2
+
+        heard, weight, fake = [], torch.tensor(3.0, requires_grad=True), torch.ones(500, 1, 2, 2)
+        penalty = load("wgan")[0].gradient_penalty(critic, torch.zeros_like(fake), fake)
+        epsilon = heard[0][:, :, :1, :1]  # one for each image, between 0 and 1
+        self.close(heard[0], epsilon * fake)
+        self.assertLess((epsilon.mean() - 0.5).abs() + (epsilon.std() - 12**-0.5).abs(), 0.1)
+        self.close(penalty, (3 * epsilon * 2 - 1).square().mean())
+        self.assertTrue(torch.autograd.grad(penalty, weight)[0].any())
+
+
+class Evaluation(Case):
+    def test_negative_elbo_in_closed_form(self):
+        class Constant(nn.Module):
+            def forward(self, x, y=None):
+                heard.append((self.training, x, y))
+                return self.output.expand(len(x), *self.output.shape)
+
+        (x, y), heard = pictures("test"), []
+        data = common.Data("", (x, y), (x * 255, y.argmax(1)), ["a", "b"])
+        encoder, decoder = Constant(), Constant()
+        mu, logvar = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, -1.0, 2.0])
+        encoder.output, decoder.output = torch.cat([mu, logvar]), torch.zeros(1, 8, 8)
+        kl = ((mu.square() + logvar.exp() - 1 - logvar) / 2).sum().item()
+        bce, mse = 64 * math.log(2), (x - 0.5).square().sum().item() / 34 + 32 * math.log(math.pi)
+        for command, recon in [("vae", bce), ("vae --recon mse", mse), ("vae --binarize", bce), ("cvae", bce)]:
+            module, args = load(command)
+            expected = {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
+            for mode in (False, True):
+                encoder.train(mode), decoder.train(mode)
+                self.close(module.evaluate(data, args, encoder, decoder), expected, 1e-3)
+                self.assertEqual((encoder.training, decoder.training), (mode, mode))
+            (encoding, images, label), (decoding, z, label_again) = heard[-2:]
+            self.assertFalse(encoding or decoding)
+            self.assertEqual(len(images.unique()) == 2, "binarize" in command)
+            self.assertTrue(0.1 < (z - mu).abs().max() < 15)  # a sample
+            self.close((label, label_again), (y, y) if command == "cvae" else (None, None))
+
+    def test_predict_leaves_a_network_as_it_was(self):
+        network, x = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9)), torch.randn(1100, 3)
+        for mode in (True, False):
+            self.close(common.predict(network.train(mode), x), x)
+            self.assertEqual((network.training, network[0].num_batches_tracked), (mode, 0))
+
+    def test_pixelcnn(self):
+        run, vae = tiny_run("vae --arch pixelcnn"), load("vae")[0]
+        kinds = [layer.mask.sum().item() for layer in run.networks.modules() if hasattr(layer, "mask")]
+        self.assertEqual(kinds, [24, 5, 5, 5, 5, 5])  # 7 x 7 without its own pixel, 3 x 3 with it
+        decoder = vae.PixelCNN((1, 12, 12), 4, 3, norm=True, layers=2).eval()
+        z, x = torch.randn(2, 3), torch.rand(2, 1, 12, 12).round().requires_grad_()
+        for i in (0, 17, 77, 143):
+            (gradient,) = torch.autograd.grad(decoder(z, x).flatten(1)[:, i].sum(), x)
+            seen = gradient.abs().sum(0).flatten().nonzero()
+            self.assertTrue((seen < i).all() and bool(len(seen)) == (i > 0))
+        with mock.patch("torch.bernoulli", torch.round):  # each pixel from z and those before it
+            drawn = common.predict(decoder, z).sigmoid()
+            self.close(drawn, (decoder(z, drawn) > 0).float())
+        self.assertGreater((decoder(z + 1, drawn) - decoder(z, drawn)).abs().max(), 1e-3)
+        self.assertEqual(set(run.grid("samples", 8).unique().tolist()), {0, 1})
+
+    def test_scores(self):
+        class Light(nn.Module):  # says whether an image is light
+            def forward(self, mean):
+                return torch.cat([0.5 - mean, mean - 0.5], 1)
+
+        classifier = nn.Sequential(nn.Flatten(), nn.AvgPool1d(4), Light()).eval()
+        shades = torch.tensor([0.0, 0.2, 0.4, 1.0])[:, None, None, None].expand(-1, 1, 2, 2)
+        labels = torch.tensor([0, 0, 0, 1])
+        data = common.Data("", (shades, labels), (255 * shades, labels), ["dark", "light"])
+        with mock.patch.multiple(common, fd=lambda f, g: (f, g), covered=lambda f, g: (f, g)):
+            score = common.score(classifier, data, shades[[0, 1, 3, 3]], torch.tensor([0, 1, 1, 1]))
+            dark = common.score(classifier, data, shades[:3], binarize=True)
+        samples, real = score["fd"]
+        self.close((samples, real), (torch.tensor([[0.0, 0.2, 1.0, 1.0]]).T, shades[:, 0, 0, :1]))
+        self.assertTrue(score["precision"][0] is samples and score["recall"][1] is samples)
+        kl = math.log(0.5 / 0.75) / 2 + math.log(0.5 / 0.25) / 2
+        self.close((score["classes"], score["class_kl"], score["label_accuracy"]), (2, kl, 0.75))
+        self.close((dark["classes"], dark["class_kl"]), (1, math.log(1 / 0.75)))
+        self.assertLessEqual({*(4 * dark["fd"][1]).flatten().tolist()}, {0, 1, 2, 3, 4})  # of binary images
+        centres = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 100.0])[:, None]  # to the third: 3 2 2 2 3 98
+        points = torch.tensor([-2.9, -3.1, 6.9, 197.0, 199.0])[:, None]
+        self.assertEqual([common.covered(point[None], centres) for point in points], [1, 0, 1, 1, 0])
+        f, g = torch.randn(100_000, 3), torch.tensor([2.0, 3.0, 1.0]) * torch.randn(100_000, 3) + 1
+        self.assertAlmostEqual(common.fd(f, g), 3 + 1 + 4, delta=0.2)  # |m_f - m_g|^2 + sum (s_f - s_g)^2
+
+
+class DataSets(Case):
+    def read(self, data, flags="--batch-size 2"):
+        """The data set of this --data, and what was printed."""
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            return common.load_data(load(f"vae --data {data} {flags}")[1]), output.getvalue()
+
+    def test_shifted_images(self):
+        x = F.pad(torch.ones(2000, 2, 1, 3), (10, 7, 10, 9)) * (1 + torch.arange(2000))[:, None, None, None]
+        moved = common.shift(x, 0.1)
+        _, _, row, column = moved.nonzero().T
+        self.assertEqual(row.unique().tolist() + column.unique().tolist(), [*range(8, 13), *range(8, 15)])
+        self.assertGreater(row.bincount()[8:].min(), 0.8 * len(row) / 5)  # each as often
+        self.close(moved.sum((1, 2, 3)), x.sum((1, 2, 3)))
+        once, again = (self.read(PICTURES, "--translate 0.2 --batch-size 2")[0].x_test for _ in range(2))
+        self.assertTrue(once.equal(again) and not once.equal(self.read(PICTURES)[0].x_test))
+        for step in tiny_run("vae --translate 0.2").steps[:2]:
+            same = [any(map(image.equal, pictures("train")[0])) for image in step["x"]]
+            self.assertFalse(all(same))
+
+    def test_pictures_of_all_kinds(self):
+        turned = Image.linear_gradient("L")  # from black to white, 256 pixels
+        turned.getexif()[0x0112] = 3  # by 180 degrees
+        kinds = {
+            "cmyk.jpg": (Image.new("CMYK", (16, 16), (0, 0, 0, 0)), 255), "turned.png": (turned, 251),
+            "deep.png": (Image.new("I;16", (16, 16), 200 * 257), 200),
+            "clear.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 0)), 255),
+        }
+        for name, (picture, grey) in kinds.items():
+            picture.save(name, exif=picture.getexif())
+            self.assertEqual(common.load_picture(name, 16).getpixel((4, 4)), (grey, grey, grey), name)
+        Image.new("L", (4000, 3000)).save("large.jpg")
+        self.assertEqual(common.load_picture("large.jpg", 64).size, (500, 375))
+
+    def test_folders(self):
+        numbers = [str(i) for i in range(12)]
+        make_pictures("d", numbers, 24, (20, 16))
+        make_pictures("elsewhere", [""], 6)
+        os.symlink(Path("elsewhere").resolve(), "d/12")
+        Image.new("RGB", (9, 9), "red").save("d/0/red.png")
+        Image.new("RGB", (9, 9), "red").save("d/cover.png")  # beside the folders
+        make_pictures("d/__MACOSX", [""], 1)
+        Path("d/3/._3.png").write_bytes(b"resource fork")
+        make_pictures("flat", [""], 25)
+        make_pictures("split/Train", "ba", 20)
+        make_pictures("split/test", "b", 4)
+        make_pictures("split/val", "b", 4)
+        os.rename("split/Train/a/01.png", os.fsencode("split/Train/a/caf") + b"\xe9.png")
+        cases = {"d": ([*numbers, "12"], 28, 3, (3, 16, 16)), "flat": (["flat"], 23, 2, (1, 8, 8)),
+                 "split": (["a", "b"], 20, 4, (1, 8, 8))}
+        for folder, expected in cases.items():
+            data, printed = self.read(folder)
+            self.assertEqual((data.classes, len(data.x_train), len(data.x_test), data.shape), expected)
+        self.assertIn("Left out: val", printed)
+        self.assertEqual(data.y_test.tolist(), [1] * 4)  # by the training set's numbers
+        self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # mixed
+
+    def test_folders_that_are_refused_and_why(self):
+        make_pictures("deep/pictures/train", "ab", 30)
+        make_pictures("other/train", "ab", 30)
+        make_pictures("other/test", "bc", 30)
+        make_pictures("flat", [""], 99)
+        make_pictures("few", [""], 9)
+        make_pictures("poor", "ab", 30)
+        make_pictures("poor", "c", 1)
+        make_pictures("broken", [""], 30)
+        Path("broken/09.png").write_bytes(b"no picture")
+        self.check_fails({
+            "vae --data deep": "point --data at one of the folders in", "vae --data missing": "No such file",
+            "vae --data other": "has other classes", "vae --data broken": "09.png cannot be read",
+            "vae --data few": "9 pictures are too few, it takes ten", "cgan --data flat": "one class",
+            "vae --data flat": "90 images are fewer than --batch-size 128", "cvae --data poor": "class c has none",
+        })
+        self.assertEqual(len(self.read("poor")[0].x_train), 28)  # a VAE does not look at labels
+
+    def test_mnist_from_files_that_are_sound_or_not(self):
+        _, printed = self.read("auto", "--dry-run")
+        self.assertRegex(printed, "Looking for mnist in none.*\nNo MNIST here.*synthetic digits instead")
+        raw = Path("none/MNIST/raw")
+        raw.mkdir(parents=True, exist_ok=True)
+        for part, n in (("train", 300), ("t10k", 20)):
+            images = struct.pack(">HBBIII", 0, 8, 3, n, 28, 28) + bytes(n * 784)
+            (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+            (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, n) + bytes(n))
+        data, _ = self.read("MNIST")
+        self.assertEqual((data.x_train.shape, data.y_test.shape), ((300, 1, 28, 28), (20,)))
+        (raw / "t10k-images-idx3-ubyte").write_bytes(images[:99])
+        for name in (None, "train-images.idx3-ubyte", "../../train-images-idx3-ubyte.gz"):
+            if name:
+                for file in Path("none").rglob("*ubyte*"):
+                    file.unlink()
+                (raw / name).write_bytes(b"x")
+            self.check_fails({"vae --data auto": "its four files belong, unpacked, into none/MNIST/raw"})
+
+
+class Documents(Case):
+    def help(self, script):
+        wide, output = mock.patch.dict(os.environ, COLUMNS="9999"), io.StringIO()
+        with wide, contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            load(f"{script} --help")
+        return " ".join(output.getvalue().split())
 
     def test_documented_commands_and_flags_exist(self):
         readme = (HERE / "README.md").read_text()
@@ -232,317 +768,47 @@ class CommandLine(Case):
         for script, flags in commands:
             load(script + re.sub(r"--resume|--generate \d+", "", flags))
         table = re.search(r"## Flags(.*?)\n## ", readme, re.DOTALL)[1]
-        named, known = (re.findall(r"--[a-z][a-z-]*", t) for t in (table, "".join(map(help_of, SCRIPTS))))
-        self.assertLessEqual(set(named), set(known))
+        helps = {script: self.help(script) for script in SCRIPTS}
+        known = re.findall(r"--[a-z][a-z-]*", " ".join(helps.values()))
+        self.assertLessEqual({*re.findall(r"--[a-z][a-z-]*", table)}, {*known})
+        self.assertNotIn("None", " ".join(helps.values()))
+        self.assertIn("--arch conv brings --batch-size 32 --latent-dim 8;", helps["vae"])
+        args = load("vae --arch conv --batch-size 5")[1]
+        self.assertEqual((args.batch_size, args.latent_dim), (5, 8))  # what is given goes before
 
     def test_measures_of_the_readme_work_on_what_a_run_leaves(self):
         measure = re.search(r"import [^`]*measure\.py: python[^`]*", (HERE / "README.md").read_text())[0]
         two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         classifier = mock.patch.object(common, "load_classifier", lambda args, data: two)
         for script, word in {"vaegan": "label kept", "cgan": "sure", "wgan": "gradient of 0.weight"}.items():
-            call(f"{script} --data pictures --batch-size 2 --epochs 1 --out {script}")
-            with mock.patch.object(sys, "argv", ["measure.py", script, script]), classifier:
-                with contextlib.redirect_stdout(io.StringIO()) as output:
-                    exec(measure, {})
+            argv = mock.patch.object(sys, "argv", ["measure.py", script, str(tiny_run(script).out)])
+            with argv, classifier, contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(measure, {})
             self.assertIn(word, output.getvalue())
+
+    def test_nothing_happens_on_import_and_what_cannot_be_printed_is_escaped(self):
+        code = f"import torch\nbefore = torch.get_rng_state()\nimport {', '.join(SCRIPTS)}, common\n"
+        code += "assert torch.equal(before, torch.get_rng_state())\ncommon.say('\\u00e9 \\udcff')"
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([sys.executable, "-B", "-c", code], env=env, capture_output=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"\\xe9 \\udcff\n", b""))
 
     def test_bad_input(self):
         Path("vaegan.pt").write_bytes(b"no checkpoint")
         Path("empty").mkdir()
         cases = {
-            "--epochs -1": "--epochs -1: must be at least 1",
-            "--lr nan": "--lr nan: must be", "--lr 0": "--lr 0.0: must be",
-            "--ema 1": "below 1", "--gamma -1": "--gamma -1.0: must be",
-            "--batch-size 1": "at least 2", "--batch-size 70000": "60000 images",
-            "--image-size 30": "multiple of 4", "--generate 0": "--generate 0: must be",
-            "--device nonsense": "--device nonsense", "--device meta": "--device meta",
-            "--data mnst": "known are mnist, fashion-mnist, cifar10", "--data empty": "no pictures",
-            "--out vaegan.pt/x": "--out", "--generate 5 --out empty": "train first",
-            "--resume --out empty": "train first", "--resume --out .": "no whole checkpoint",
+            "--epochs -1": "--epochs -1: must be at least 1", "--lr nan": "--lr nan: must be",
+            "--lr 0": "--lr 0.0: must be", "--ema 1": "below 1", "--gamma -1": "--gamma -1.0: must be",
+            "--batch-size 1": "at least 2", "--image-size 4": "at least 8", "--image-size 30": "multiple of 4",
+            "--device meta": "--device meta", "--data empty": "0 pictures",
+            "--out vaegan.pt": "--out vaegan.pt", "--resume --out .": "no whole checkpoint",
         }
         self.check_fails({f"vaegan {flags}": message for flags, message in cases.items()})
-
-
-class Training(Case):
-    def test_stopped_and_resumed_run_leaves_the_files_of_one_that_was_not(self):
-        for command in [*ARCHES, "dcgan", "vaegan"]:
-            script, stop = command.split()[0], mock.Mock(side_effect=[None] * 14 + [KeyboardInterrupt])
-            with self.subTest(command), tempfile.TemporaryDirectory() as out:
-                through = self.tiny_run(command, f"{out}/1")
-                with self.assertRaises(KeyboardInterrupt):  # in step 15 of 3 x 13
-                    self.tiny_run(command, f"{out}/2", stop)
-                last, first = (torch.load(f"{out}/{i}/{script}.pt", weights_only=True)["parts"] for i in "12")
-                for part, end in zip(first.values(), last.values()):  # all weights move, the averages' too
-                    self.assertFalse([k for k in part if "weight" in k and torch.equal(part[k], end[k])])
-                self.assertEqual(self.tiny_run(f"{script} --resume", f"{out}/2"), through)
-
-    def test_resume_says_what_it_cannot_do(self):
-        through = self.tiny_run("vae --lr-schedule constant", "through")
-        before = self.tiny_run("vae --lr-schedule constant --epochs 2")
-        _, printed = call("vae --resume --out out --data pictures")
-        self.assertTrue("is at epoch 2 of 2: raise --epochs" in printed and "Wrote" not in printed, printed)
-        self.assertEqual(self.tiny_run("vae --resume"), before)
-        self.assertEqual(self.tiny_run("vae --resume --epochs 3"), through)
-        Path("out/gan.pt").write_bytes(Path("out/vae.pt").read_bytes())
-        Path("pictures/a").rename("pictures/c")  # then b is the first
-        self.check_fails({
-            "vae --resume --out out --arch conv": "has --arch mlp",
-            "vae --resume --out out --width 8": "has --width 16", "gan --generate 1 --out out": "of vae.py",
-            "vae --resume --out out --epochs 4 --data pictures": "other data",
-            "vae --generate 1 --out out --hidden 8": "other networks",
-        })
-
-    def test_losses_or_weights_that_are_not_finite_end_a_run_and_are_not_saved(self):
-        def spoil(losses, x, beta, args, encoder, *_):
-            if hook.call_count == 20:
-                (losses["loss_kl"] if what == "loss_kl" else encoder[1][0].weight.data).fill_(math.nan)
-
-        for what in ("loss_kl", "a weight of the encoder"):
-            hook = mock.Mock(side_effect=spoil)
-            message = f"{what} at step 20 is not finite"
-            self.check_fails({"vae": message}, status=1, run=lambda vae: self.tiny_run(vae, hook=hook))
-            steps = [int(row["step"]) for row in read_csv("out/vae.csv")]
-            self.assertEqual(steps, [2, 4, 6, 8, 10, 12, 13, 14, 16, 18])
-            self.assertEqual(torch.load("out/vae.pt", weights_only=True)["epoch"], 1)
-
-    def test_flags_that_change_batches_and_beta(self):
-        one = self.steps("vae --beta 4 --kl-warmup 1 --nll 5")
-        self.assertEqual([args[1] for args in one], [4 * i / 13 for i in range(13)] + [4] * 13)
-        self.assertEqual([row["test_nll"] > "" for row in read_csv("out/vae.csv")], [False] * 13 + [True])
-        other, shifted = self.steps("vae --seed 1"), self.steps("vae --translate 0.3")
-        for x in (one[13][0], other[0][0], shifted[0][0]):
-            self.assertFalse(torch.equal(one[0][0], x))
-        x = self.steps("vae --image-size 12 --binarize")[0][0]
-        self.assertEqual((x.shape, set(x.unique().tolist())), ((2, 1, 12, 12), {0, 1}))
-
-    def test_flags_that_change_learning_rates_and_turns(self):
-        values = {"--lr-d": 0.5, "--lr-schedule": "linear", "--d-steps": 3, "--n-critic": 3}
-        turns = [i % 3 == 0 for i in range(13)]
-        for script in SCRIPTS:
-            known = {flag: value for flag, value in values.items() if f"{flag} " in help_of(script)}
-            flags = " ".join(f"{flag} {value}" for flag, value in known.items())
-            calls = self.steps(f"{script} --opt rmsprop --lr 1e-3 --log-every 1 {flags}")
-            rates = [arg.param_groups[0]["lr"] for arg in calls[-1] if isinstance(arg, torch.optim.RMSprop)]
-            rate = 1e-3 / 26 if "--lr-schedule" in known else 1e-3  # in the last of 26 steps
-            torch.testing.assert_close(rates, [rate] * (len(rates) - 1) + [rate * known.get("--lr-d", 1)])
-            if script in ("gan", "wgan"):  # loss_g keeps its value between the generator's steps
-                losses = [row["loss_g"] for row in read_csv(f"out/{script}.csv")][:13]
-                self.assertEqual([args[1] for args in calls], 2 * turns)
-                self.assertEqual([a != b for a, b in zip(losses, losses[1:])], turns[1:])
-
-
-class Data(Case):
-    def test_synthetic_digits(self):
-        x, y = common.draw_digits(500, seed=1)
-        self.assertEqual((x.shape, x.dtype, len(y.unique())), ((500, 1, 28, 28), torch.uint8, 10))
-        self.assertTrue(torch.equal(x, common.draw_digits(500, seed=1)[0]))
-        self.assertEqual(self.read("synthetic --dry-run --image-size 12").shape, (1, 12, 12))
-
-    def test_all_kinds_of_pictures(self):
-        turned = Image.linear_gradient("L")  # from black to white, 256 pixels
-        turned.getexif()[0x0112] = 3  # by 180 degrees
-        kinds = {
-            "palette.png": (Image.new("RGB", (16, 16), (200, 100, 50)).quantize(4), (200, 100, 50)),
-            "cmyk.jpg": (Image.new("CMYK", (16, 16), (0, 0, 0, 0)), (255, 255, 255)),
-            "deep.png": (Image.new("I;16", (16, 16), 200 * 257), (200, 200, 200)),
-            "clear.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 0)), (255, 255, 255)),
-            "turned.png": (turned, (251, 251, 251)),
-        }
-        for name, (picture, colour) in kinds.items():
-            picture.save(name, exif=picture.getexif())
-            self.assertEqual(common.load_picture(name).getpixel((4, 4)), colour, name)
-
-    def test_folders_in_natural_order_without_hidden_things_flat_or_split(self):
-        numbers = [str(i) for i in range(12)]
-        self.pictures("d", numbers, 24, (20, 16))
-        Image.new("RGB", (9, 9), "red").save("d/0/red.png")
-        for junk in ("d/.ipynb_checkpoints", "d/__MACOSX/0", "d/3/.thumbs"):
-            self.pictures(junk, [""], 1)
-        Path("d/3/._3.png").write_bytes(b"resource fork")
-        self.pictures("flat", [""], 25)
-        self.pictures("split/train", n=20)
-        self.pictures("split/Val", n=4)
-        cases = {
-            "d": (numbers, 23, 2, (3, 16, 16)), "d --image-size 8": (numbers, 23, 2, (3, 8, 8)),
-            "flat": (["flat"], 23, 2, (1, 8, 8)), "flat --dry-run": (["flat"], 4, 2, (1, 8, 8)),
-            "split": (["a", "b"], 20, 4, (1, 8, 8)),
-        }
-        for folder, expected in cases.items():
-            data = self.read(folder)
-            self.assertEqual((data.classes, len(data.x_train), len(data.x_test), data.shape), expected)
-        self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # mixed
-
-    def test_folders_that_are_refused(self):
-        for folder in ("half/Train", "half/training", "alone/train", "other/train", "broken"):
-            self.pictures(folder)
-        self.pictures("other/test", "bc")
-        self.pictures("flat", [""], 99)
-        self.pictures("single", [""], 1)
-        Path("broken/a/0.png").write_bytes(Path("broken/a/2.png").read_bytes()[:20])
-        self.check_fails({
-            "vae --data half": "and test set", "vae --data alone": "and test set",
-            "vae --data other": "missing", "vae --data broken": "broken/a/0.png",
-            "vae --data single": "too few", "cgan --data flat": "1 classes", "cvae --data flat": "1 classes",
-        })
-
-    def test_translate_shifts_by_whole_pixels_and_test_images_once(self):
-        x = F.pad(torch.ones(200, 1, 1, 1), (10, 9, 10, 9))
-        _, _, *places = common.shift(x, 0.1).nonzero().T
-        self.assertEqual([where.unique().tolist() for where in places], 2 * [[8, 9, 10, 11, 12]])
-        plain, once, again = (self.read(f"synthetic --dry-run --translate {t}") for t in (0, 0.1, 0.1))
-        self.assertTrue(torch.equal(once.x_test, again.x_test) and torch.equal(once.x_train, plain.x_train))
-        self.assertFalse(torch.equal(once.x_test, plain.x_test))
-
-    def test_mnist_from_files_that_are_sound_or_damaged(self):
-        raw = Path("data/MNIST/raw")
-        raw.mkdir(parents=True)
-        for part, n in (("train", 300), ("t10k", 20)):
-            header = struct.pack(">HBBIII", 0, 8, 3, n, 28, 28)
-            (raw / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(n * 784))
-            (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, n) + bytes(n))
-        data = self.read("MNIST")
-        self.assertEqual((data.x_train.shape, data.y_test.shape), ((300, 1, 28, 28), (20,)))
-        (raw / "t10k-images-idx3-ubyte").write_bytes(header + bytes(5))
-        self.check_fails({"vae --data mnist": f"belong into {raw}"})
-        _, printed = call("gan --data auto --dry-run --out out")
-        self.assertEqual(printed.count(f"No MNIST in {raw}: synthetic digits instead"), 1)
-
-
-class Maths(Case):
-    @contextlib.contextmanager
-    def same_step(self, module, inputs, networks):
-        """What is inside moves each network as a train_step() of plain gradient descent, to the letter."""
-        starts, theirs = [parameters_to_vector(n.parameters()) for n in networks], copy.deepcopy(networks)
-        torch.manual_seed(1)
-        yield
-        separate = theirs if module.__name__ not in ("vae", "cvae") else [nn.ModuleList(theirs)]
-        torch.manual_seed(1)
-        module.train_step(*inputs, *theirs, *(torch.optim.SGD(n.parameters(), LR) for n in separate))
-        for start, *pair in zip(starts, networks, theirs):
-            our, their = (parameters_to_vector(network.parameters()) - start for network in pair)
-            self.assertGreater(our.abs().max(), 1e-3 * LR)
-            torch.testing.assert_close(their, our, rtol=1e-2, atol=1e-4 * our.abs().max().item())
-
-    def test_vae_updates_to_the_letter(self):
-        for command in ("vae --beta 3", "vae --beta 3 --recon mse", "cvae --beta 3"):
-            (module, args), y = load(command), [Y] * command.startswith("c")
-            encoder, decoder, _ = small_networks(args.name, 5)
-            networks, inputs = [encoder, decoder], [X, *(y or [3]), args]
-            with self.subTest(command), self.same_step(module, inputs, networks):
-                mu, logvar = encoder(X, *y).chunk(2, 1)
-                logits = decoder(mu + (logvar / 2).exp() * torch.randn_like(mu), *y)
-                p = torch.distributions.Bernoulli(logits=logits, validate_args=False)
-                if "mse" in command:
-                    p = torch.distributions.Normal(logits.sigmoid(), 0.5**0.5)
-                kl = (mu.square() + logvar.exp() - 1 - logvar).sum() / 2
-                descend((3 * kl - p.log_prob(X).sum()) / 8, nn.ModuleList(networks))
-
-    def test_vaegan_updates_to_the_letter(self):
-        vaegan, args = load("vaegan --gamma 0.1")
-        e, g, d = networks = small_networks("vaegan", args.latent_dim)
-        with self.same_step(vaegan, [X, args], networks):
-            mu, logvar = e(X).chunk(2, 1)
-            z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-            x_recon, x_fake = g(torch.cat([z, torch.randn_like(mu)])).sigmoid().chunk(2)
-            d_real, d_recon, d_fake = d(X), d(x_recon), d(x_fake)
-            loss_kl = (mu.square() + logvar.exp() - 1 - logvar).sum() / 2 / 8
-            loss_features = (d.features(X) - d.features(x_recon)).square().sum() / 2 / 8
-            descend(args.beta * loss_kl + loss_features, e)
-            descend(0.1 * loss_features - F.logsigmoid(d_recon) - F.logsigmoid(d_fake), g)
-            descend(-F.logsigmoid(d_real) - F.logsigmoid(-d_recon) - F.logsigmoid(-d_fake), d)
-
-    def test_gan_updates_to_the_letter(self):
-        for case in ("gan", "gan --loss minimax", "cgan", "dcgan", "wgan", "wgan --lipschitz clip --clip 9"):
-            (module, args), script = load(case), case.split()[0]
-            y, turn = [Y] * (script == "cgan"), [True] * (script in ("gan", "wgan"))
-            x, squash = (2 * X - 1, torch.tanh) if script == "dcgan" else (X, torch.sigmoid)
-            _, g, d = small_networks(script, args.latent_dim)
-            with self.subTest(case), self.same_step(module, [X, *y, *turn, args], [g, d]):
-                x_fake = squash(g(torch.randn(8, args.latent_dim), *y))
-                real, fake = d(x, *y), d(x_fake, *y)
-                if script == "wgan":
-                    penalty = 0 if "clip" in case else module.gradient_penalty(d, x, x_fake.detach())
-                    descend(fake - real + 10 * penalty, d)
-                    descend(-d(x_fake), g)
-                else:
-                    descend(-F.logsigmoid(real) - F.logsigmoid(-fake), d)  # -log D(x) - log(1 - D(x_fake))
-                    fake = d(x_fake, *y)
-                    descend(F.logsigmoid(-fake) if "minimax" in case else -F.logsigmoid(fake), g)
-
-    def test_wgan_penalty_clipping_and_norm(self):
-        wgan, args = load("wgan --lipschitz clip --clip 0.02")
-        linear = common.mlp_discriminator((1, 28, 28), [])
-        weight, _ = linear.parameters()
-        penalty = wgan.gradient_penalty(linear, X, torch.rand_like(X))
-        torch.testing.assert_close(penalty, (weight.norm() - 1) ** 2)
-        self.assertTrue(torch.autograd.grad(penalty, weight)[0].any())
-        _, generator, critic = small_networks("wgan", args.latent_dim)
-        optimizers = [common.make_optimizer(args, network, 0.1) for network in (generator, critic)]
-        wgan.train_step(X, True, args, generator, critic, *optimizers)
-        self.assertLessEqual(parameters_to_vector(critic.parameters()).abs().max(), args.clip)
-        for norm, found in (("none", 0), ("batch", 2)):
-            networks, _ = call(f"wgan --dry-run --norm {norm} --out out")
-            self.assertEqual(sum(isinstance(m, nn.BatchNorm2d) for m in networks["critic"].modules()), found)
-
-    def test_pixelcnn_sees_only_pixels_before(self):
-        decoder = load("vae")[0].PixelCNN((1, 12, 12), 4, 3, norm=True, layers=2).eval()
-        z, x = torch.randn(2, 3), torch.rand(2, 1, 12, 12).round().requires_grad_()
-        logits = decoder(z, x).flatten(1)
-        for i in (0, 17, 77, 143):
-            (gradient,) = torch.autograd.grad(logits[:, i].sum(), x, retain_graph=True)
-            seen = gradient.abs().sum(0).flatten().nonzero()
-            self.assertTrue((seen < i).all() and bool(len(seen)) == (i > 0))
-            self.assertTrue((i // 12 - seen // 12 <= decoder.reach).all())
-        with torch.random.fork_rng():
-            in_windows = common.predict(decoder, z)
-        decoder.reach = 100
-        self.assertTrue(torch.equal(common.predict(decoder, z), in_windows))
-
-    def test_evaluation_bounds_nll_and_leaves_batch_statistics_alone_as_sampling_does(self):
-        data = self.read("synthetic --dry-run")
-        for script, samples, y in (("vae", ([2], [50]), []), ("cvae", ([],), [Y])):
-            module, args = load(f"{script} --binarize")
-            encoder, decoder, _ = small_networks(script, 5)
-            before = copy.deepcopy([encoder.state_dict(), decoder.state_dict()])
-            tests = [module.evaluate(data, args, encoder, decoder, *k) for k in samples]
-            x = module.sample(decoder, torch.randn(8, 5), *y)
-            self.assertTrue(x.shape == (8, 1, 28, 28) and 0 <= x.min() and x.max() <= 1 and decoder.training)
-            torch.testing.assert_close([encoder.state_dict(), decoder.state_dict()], before)
-            if script == "vae":
-                two, fifty = tests
-                self.assertTrue(fifty["test_nll"] < two["test_nll"] < two["test_neg_elbo"] + 1)
-
-    def test_average_forgets_the_first_weights(self):
-        for decay, step, share in ((0.99, 0, 0.9), (0.99, 10**6, 0.01), (0.0, 10**6, 1.0)):
-            averaged, network = nn.Linear(3, 2), nn.Linear(3, 2)
-            expected = averaged.weight.lerp(network.weight, share)
-            common.update_average(averaged, network, decay, step)
-            torch.testing.assert_close(averaged.weight, expected)
-
-    def test_networks_at_every_size(self):
-        for size in (8, 12, 20, 28, 32, 36, 64):
-            x = common.conv_decoder((3, size, size), 2, 5)(torch.randn(2, 5))
-            self.assertEqual(x.shape, (2, 3, size, size))
-            self.assertEqual(common.conv_encoder(x.shape[1:], 2, 6)(x).shape, (2, 6))
-            for norm in (False, True):
-                self.assertEqual(common.conv_discriminator(x.shape[1:], 2, [8], norm)(x).shape, (2,))
-
-    def test_scores_tell_real_images_from_collapsed_ones(self):
-        (x, y), test = common.draw_digits(6000, 1), common.draw_digits(500, 2)
-        data = common.Data("synthetic", (x, test[0]), (y, test[1]), list("0123456789"))
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            classifier, again = (common.load_classifier(load("vaegan")[1], data) for _ in range(2))
-        self.assertEqual(output.getvalue().count("Training the classifier"), 1)
-        x, test = x[:500].float() / 255, test[0].float() / 255
-        real, same = common.score(classifier, data, x, y[:500]), common.score(again, data, test)
-        collapsed = common.score(classifier, data, x[:5].repeat(100, 1, 1, 1))
-        self.assertTrue(abs(same["fd"]) < 1e-3 and real["fd"] < 0.05 * collapsed["fd"])
-        self.assertTrue(real["classes"] == 10 and collapsed["classes"] <= 5 and collapsed["recall"] < 0.5)
-        self.assertTrue(same["class_kl"] < 0.01 and collapsed["class_kl"] > 0.5)
-        self.assertGreater(min(real["precision"], real["recall"], real["label_accuracy"]), 0.8)
-        # |m_f - m_g|^2 + sum (s_f - s_g)^2 for independent normal features
-        f, g = torch.randn(100_000, 3), 2 * torch.randn(100_000, 3) + 1
-        self.assertAlmostEqual(common.fd(f, g), 6, delta=0.2)
+        self.assertEqual(sorted(os.listdir()), ["empty", "vaegan.pt"])
+        with mock.patch.dict(os.environ, HOME=os.getcwd(), USERPROFILE=os.getcwd()):
+            args = load("gan --out ~/runs --data-dir ~/data --dry-run")[1]
+        self.assertEqual((args.out, args.data_dir), (Path.cwd() / "runs/dry-run", Path.cwd() / "data"))
 
 
 if __name__ == "__main__":

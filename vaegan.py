@@ -20,7 +20,7 @@ N(0, I), per image and averaged over the batch:
     encoder        minimises  beta * loss_kl + loss_features
     decoder        minimises  loss_g
 
-Differences from the paper, beside what common.py says of all scripts:
+Differences from the paper, beside what common.py says:
 - 8 latent dimensions for 28 x 28 digits (the paper: 128 for 64 x 64 faces); no batch norm in the
   discriminator, which learns more slowly than the other two (--lr-d);
 - beta (the paper: 1), the variance of the Gaussian around f(x_recon): the features' scale is arbitrary, and
@@ -29,32 +29,37 @@ Differences from the paper, beside what common.py says of all scripts:
 - Adam at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures is an average too.
 
     python vaegan.py --epochs 1 --opt adam
-    python vaegan.py --opt rmsprop --lr 3e-4 --image-size 64 --width 64 --latent-dim 128
+    python vaegan.py --data cifar10 --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5  # for colour
 
-Files: vaegan.csv, vaegan_samples.png, vaegan_progress.png, vaegan_reconstructions.png,
-vaegan_interpolation.png, vaegan_traversal.png, vaegan.pt. Columns of the CSV: epoch, step, seconds of
-training; as means since the row before loss_d (3 log 2 = 2.08 at chance), d_real = D(x), d_recon =
-D(x_recon), d_fake = D(x_fake), loss_kl (nats; / --latent-dim: per dimension), loss_features, loss_g; the
-scores of --score.
+Files: vaegan.csv, vaegan.pt, vaegan_*.png: samples, progress, interpolation, reconstructions, traversal.
+Columns of vaegan.csv beside epoch, step, seconds of training, as means since the row before:
+
+    loss_d                     3 log 2 = 2.08 at chance
+    d_real, d_recon, d_fake    D(x), D(x_recon), D(x_fake)
+    loss_kl                    nats
+    loss_features, loss_g
+    fd ...                     after each epoch, with --score: see README.md
 """
 
 import copy
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from common import (
+    load_data,
     conv_decoder, conv_discriminator, conv_encoder,
     interpolate, make_optimizer, predict, to_device, traverse, update_average,
-    Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    shared_flags,
-    say,
+    load_classifier, score,
+    Log, load_checkpoint, save_checkpoint, save_grid, save_images,
+    parse, shared_flags,
 )
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=4e-3, latent_dim=8, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=32, lr=4e-3, latent_dim=8)
     add = parser.add_argument
     add("--beta", type=float, default=8.0, help="weight of the KL divergence")
     add("--gamma", type=float, default=0.01, help="weight of the feature error in the decoder's loss")
@@ -72,10 +77,11 @@ def posterior(output):
 def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """An update of the three networks on x (B, C, H, W); returns detached scalars for the CSV."""
     q, p = posterior(encoder(x)), Normal(0.0, 1.0)
-    # In one batch, whose statistics in the decoder's batch norm are then those of sampling
-    x_recon, x_fake = decoder(torch.cat([q.rsample(), torch.randn_like(q.mean)])).sigmoid().chunk(2)
+    z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # in one batch: batch norm then sees both kinds
+    x_recon, x_fake = decoder(z).sigmoid().chunk(2)
     f_real, f_recon = discriminator.features(x), discriminator.features(x_recon)
-    d_real, d_recon, d_fake = discriminator.head(f_real), discriminator.head(f_recon), discriminator(x_fake)
+    d_real, d_recon = discriminator.head(f_real), discriminator.head(f_recon)
+    d_fake = discriminator(x_fake)
     loss_kl = kl_divergence(q, p).sum(1).mean()
     loss_features = (f_real - f_recon).square().flatten(1).sum(1).mean() / 2
 
@@ -83,7 +89,7 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     # From logits d: -log D = softplus(-d)
     loss_d = (F.softplus(-d_real) + F.softplus(d_recon) + F.softplus(d_fake)).mean()
     opt_d.zero_grad()
-    loss_d.backward(inputs=list(discriminator.parameters()), retain_graph=True)
+    loss_d.backward(inputs=list(discriminator.parameters()), retain_graph=True)  # gradients of it alone
 
     # (2) Encoder: minimise beta KL + feature error; no adversarial gradient reaches it
     loss_e = args.beta * loss_kl + loss_features
@@ -113,44 +119,42 @@ def sample(decoder, z):
 
 def main(args):
     data = load_data(args)
-    if data.shape[0] == 3 and args.latent_dim < 64:
-        say("Colour pictures want other flags: --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5")
     torch.manual_seed(args.seed)
-    encoder = to_device(conv_encoder(data.shape, args.width, 2 * args.latent_dim), args.device)
-    decoder = to_device(conv_decoder(data.shape, args.width, args.latent_dim), args.device)
+    encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim)
+    decoder = conv_decoder(data.shape, args.width, args.latent_dim)
     discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
-    discriminator = to_device(discriminator, args.device)
     encoder_ema, decoder_ema = copy.deepcopy(encoder), copy.deepcopy(decoder)
+    networks = nn.ModuleDict({
+        "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
+        "encoder_ema": encoder_ema, "decoder_ema": decoder_ema,
+    })
+    to_device(networks, args.device)
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
     x_fixed = data.x_test[:32].float() / 255
-    networks = {
-        "encoder": encoder, "decoder": decoder, "discriminator": discriminator, "encoder_ema": encoder_ema,
-        "decoder_ema": decoder_ema,
-    }
     log = Log(args, data, networks)
     parts = {**networks, "opt_e": opt_e, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
-    if args.generate:
+    if args.generate is not None:
         z = torch.randn(args.generate, args.latent_dim, device=args.device)
         save_images(args, sample(decoder_ema, z))
-        return networks
+        return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        for x, _ in data.batches(args.batch_size, args.translate):
+        for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
             update_average(encoder_ema, encoder, args.ema, log.step)
             update_average(decoder_ema, decoder, args.ema, log.step)
             log.add(losses)
-        x_fake = sample(decoder_ema, z_fixed)
-        save_grid(args, "samples", x_fake)
-        save_grid(args, "progress", log.progress(x_fake), 10)
-        z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
+        samples = sample(decoder_ema, z_fixed)
+        save_grid(args, "samples", samples)
+        save_grid(args, "progress", log.progress(samples), 10)
+        z_walk = interpolate(z_fixed[:16], z_fixed[1:17])
         save_grid(args, "interpolation", sample(decoder_ema, z_walk), 6)
         mu = posterior(predict(encoder_ema, x_fixed)).mean
         pairs = torch.stack([x_fixed, sample(decoder_ema, mu)], 1)
@@ -162,7 +166,7 @@ def main(args):
             scores = score(classifier, data, sample(decoder_ema, z))
         log.end_epoch(scores)
         save_checkpoint(args, data, parts, epoch)
-    return networks
+    return networks.eval()
 
 
 if __name__ == "__main__":

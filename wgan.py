@@ -7,8 +7,8 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-The critic gives a number, not a probability: among functions of slope at most 1 the one that differs
-most between real and generated images shows their Wasserstein distance. Averaged over the batch:
+The critic gives a number, not a probability: of all functions of slope at most 1, the one that tells real
+from generated images best measures their Wasserstein distance. Averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
@@ -19,9 +19,9 @@ most between real and generated images shows their Wasserstein distance. Average
     critic         minimises  loss_d, with every batch
     generator      minimises  loss_g, with every --n-critic-th batch
 
-Differences from the papers, beside what common.py says of all scripts:
-- no normalisation in the critic unless --norm batch (clip: batch norm; gp: none or layer norm);
-- noise in 10 dimensions, enough for digits (128);
+Differences from the papers, beside what common.py says:
+- the convolutional critic has a hidden layer (none), and no normalisation unless --norm batch (clip: batch
+  norm; gp: none or layer norm); noise in 10 dimensions, enough for digits (clip: 100, gp: 128);
 - gp: learning rates of 3e-3 and, for the critic, 7.5e-4 (1e-4 for both), batches of 32 (64);
 - clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 2e-3 and,
   for the critic, 5e-5 (5e-5 for both), batches of 32 (64).
@@ -31,39 +31,43 @@ Differences from the papers, beside what common.py says of all scripts:
     python wgan.py --lr 1e-4 --lr-d 1
     python wgan.py --lipschitz clip --clip 0.01 --norm batch --lr 5e-5 --lr-d 1
 
-Files: wgan.csv, wgan_samples.png, wgan_progress.png, wgan_interpolation.png, wgan.pt. Columns of the CSV:
-epoch, step, seconds of training; as means since the row before loss_d, wasserstein (the estimated distance,
-times the critic's slope), penalty (0 with clip), loss_g; the scores of --score.
+Files: wgan.csv, wgan.pt, wgan_*.png: samples, progress, interpolation. Columns of wgan.csv beside epoch,
+step, seconds of training, as means since the row before:
+
+    loss_d, loss_g
+    wasserstein       the estimated distance, times the critic's slope
+    penalty           0 with clip
+    fd ...            after each epoch, with --score: see README.md
 """
 
 import copy
 
 import torch
+from torch import nn
 
 from common import (
-    conv_decoder, conv_discriminator, mlp_decoder, mlp_discriminator,
+    load_data,
+    conv_decoder, conv_discriminator, he, mlp,
     interpolate, make_optimizer, predict, to_device, update_average,
-    Log, load_checkpoint, load_classifier, load_data, parse, save_checkpoint, save_grid, save_images, score,
-    shared_flags,
+    load_classifier, score,
+    Log, load_checkpoint, save_checkpoint, save_grid, save_images,
+    parse, shared_flags,
 )
 
 
 def parse_args(argv=None):
-    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=10, width=16)
+    parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=10)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[128, 256, 512],
-        help="hidden layers of the mlp generator; the critic's are these reversed")
-    add("--lipschitz", choices=["clip", "gp"], default="gp", help="what bounds the critic's slope: a "
-        "gradient penalty or clipped weights; clip brings --opt rmsprop --lr 2e-3 --lr-d 0.025")
+    add("--hidden", type=int, nargs="+", default=[128, 256, 512], help="mlp layers of G; D's are reversed")
+    add("--lipschitz", choices=["clip", "gp"], default="gp", help="clipped weights, or a gradient penalty")
     add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
     add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=int, default=5, help="critic steps per generator step")
-    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic; batch beside "
-        "--lipschitz gp, whose penalty is per sample, is there to be watched")
+    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic: none with gp")
     add("--lr-d", type=float, default=0.25, help="the critic's learning rate, as a factor of --lr")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, lipschitz={"clip": {"opt": "rmsprop", "lr": 2e-3, "lr_d": 0.025}})
+    return parse(parser, argv, {"--lipschitz clip": "--opt rmsprop --lr 2e-3 --lr-d 0.025"})
 
 
 def gradient_penalty(critic, x, x_fake):
@@ -77,8 +81,10 @@ def gradient_penalty(critic, x, x_fake):
 def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
     """An update of both networks, or of the critic alone, on x (B, C, H, W); returns detached scalars."""
     # (1) Critic: maximise critic(x) - critic(x_fake), with a bounded slope
-    x_fake = generator(torch.randn(len(x), args.latent_dim, device=x.device)).sigmoid()
-    wasserstein, penalty = (critic(x) - critic(x_fake.detach())).mean(), x.new_zeros(())
+    z = torch.randn(len(x), args.latent_dim, device=x.device)
+    x_fake = generator(z).sigmoid()
+    wasserstein = (critic(x) - critic(x_fake.detach())).mean()
+    penalty = torch.zeros_like(wasserstein)
     if args.lipschitz == "gp":
         penalty = gradient_penalty(critic, x, x_fake.detach())
     loss_d = -wasserstein + args.gp_weight * penalty
@@ -88,16 +94,16 @@ def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
     if args.lipschitz == "clip":
         for weight in critic.parameters():
             weight.data.clamp_(-args.clip, args.clip)
-    losses = {"loss_d": loss_d.detach(), "wasserstein": wasserstein.detach(), "penalty": penalty.detach()}
+    losses = {"loss_d": loss_d, "wasserstein": wasserstein, "penalty": penalty}
 
     # (2) Generator: maximise critic(x_fake)
-    if not generator_too:
-        return losses
-    loss_g = -critic(x_fake).mean()
-    opt_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))
-    opt_g.step()
-    return {**losses, "loss_g": loss_g.detach()}
+    if generator_too:
+        loss_g = -critic(x_fake).mean()
+        opt_g.zero_grad()
+        loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
+        opt_g.step()
+        losses["loss_g"] = loss_g
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def sample(generator, z):
@@ -107,42 +113,48 @@ def sample(generator, z):
 
 def main(args):
     data = load_data(args)
+    c, h, w = data.shape
     torch.manual_seed(args.seed)
+    norm = args.norm == "batch"
     if args.arch == "mlp":
-        generator = mlp_decoder(data.shape, args.hidden, args.latent_dim)
-        critic = mlp_discriminator(data.shape, args.hidden[::-1], args.norm == "batch")
+        generator = mlp([args.latent_dim, *args.hidden, c * h * w], norm=True)
+        generator = nn.Sequential(generator, nn.Unflatten(1, data.shape))
+        critic = mlp([c * h * w, *reversed(args.hidden), 1], norm, leak=0.2)
+        critic = he(nn.Sequential(nn.Flatten(), critic, nn.Flatten(0)))
     else:
         generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        critic = conv_discriminator(data.shape, args.width, [16 * args.width], args.norm == "batch")
-    generator, critic = to_device(generator, args.device), to_device(critic, args.device)
+        critic = conv_discriminator(data.shape, args.width, [16 * args.width], norm)
     generator_ema = copy.deepcopy(generator)
+    networks = nn.ModuleDict({
+        "generator": generator, "critic": critic, "generator_ema": generator_ema,
+    })
+    to_device(networks, args.device)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.9))
     opt_d = make_optimizer(args, critic, args.lr * args.lr_d, betas=(0.0, 0.9))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)
-    networks = {"generator": generator, "critic": critic, "generator_ema": generator_ema}
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
-    if args.generate:
+    if args.generate is not None:
         z = torch.randn(args.generate, args.latent_dim, device=args.device)
         save_images(args, sample(generator_ema, z))
-        return networks
+        return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         losses = {}  # loss_g keeps its value from one step of the generator to the next
-        for i, (x, _) in enumerate(data.batches(args.batch_size, args.translate)):
+        for i, (x, labels) in enumerate(data.batches(args.batch_size, args.translate)):
             generator_too = i % args.n_critic == 0
             losses |= train_step(x, generator_too, args, generator, critic, opt_g, opt_d)
             if generator_too:
                 update_average(generator_ema, generator, args.ema, log.step // args.n_critic)
             log.add(losses)
-        x_fake = sample(generator_ema, z_fixed)
-        save_grid(args, "samples", x_fake)
-        save_grid(args, "progress", log.progress(x_fake), 10)
-        z_walk = interpolate(z_fixed[:16], z_fixed.roll(-1, 0)[:16])
+        samples = sample(generator_ema, z_fixed)
+        save_grid(args, "samples", samples)
+        save_grid(args, "progress", log.progress(samples), 10)
+        z_walk = interpolate(z_fixed[:16], z_fixed[1:17])
         save_grid(args, "interpolation", sample(generator_ema, z_walk), 6)
         scores = {}
         if args.score:
@@ -150,7 +162,7 @@ def main(args):
             scores = score(classifier, data, sample(generator_ema, z))
         log.end_epoch(scores)
         save_checkpoint(args, data, parts, epoch)
-    return networks
+    return networks.eval()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # ///
 """Tests of the collection: python test_smoke.py, or pytest; no network and no data needed.
 
-Most look at a tiny run, three epochs of 13 steps on small pictures, and compute once more what it did and left.
+Most look at a tiny run, three epochs of 13 steps on small pictures: what it did and left is computed anew.
 """
 
 import atexit
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 from unittest import mock
@@ -38,9 +37,9 @@ import common
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("vae", "cvae", "gan", "cgan", "dcgan", "wgan", "vaegan")
-CONDITIONAL = ("cvae", "cgan")
 KINDS = [*SCRIPTS, "vae --arch conv", "vae --arch pixelcnn", "cvae --arch conv", "gan --arch conv",
          "cgan --arch conv", "wgan --arch mlp"]
+OTHERS = [f"{script} --epochs 1 --seed 1 --width 16 --score" for script in SCRIPTS]
 TEMP = tempfile.TemporaryDirectory()
 atexit.register(TEMP.cleanup)
 PICTURES = Path(TEMP.name, "pictures")
@@ -95,10 +94,11 @@ class Run:
     def __init__(self, command, out, check=lambda run, call: None):
         self.script, *flags = command.split()
         self.module, self.out = importlib.import_module(self.script), Path(out)
+        self.told = self.script in ("cvae", "cgan")  # are its networks told the labels?
         self.steps, self.sampled, self.scored = [], [], []
         if not {"--resume", "--generate"} & {*flags}:
-            flags = "--epochs 3 --batch-size 2 --log-every 2 --width 4 --device cpu".split() + flags
-        self.args = self.module.parse_args(["--data", str(PICTURES), "--out", str(out), *flags])
+            flags = "--epochs 3 --batch-size 2 --log-every 2 --width 4".split() + flags
+        self.args = self.module.parse_args(["--device=cpu", f"--data={PICTURES}", f"--out={out}", *flags])
         score = mock.create_autospec(common.score, return_value={"fd": 7})
         heard = {
             "train_step": listen(self.module.train_step, self.steps, lambda call: check(self, call)),
@@ -109,13 +109,11 @@ class Run:
         with mock.patch.multiple(self.module, **heard), contextlib.redirect_stdout(io.StringIO()) as output:
             self.networks = self.module.main(self.args)
         self.printed = output.getvalue()
-        self.epochs = self.sampled[:: max(1, len(self.sampled) // 3)]  # the samples of each
-
-    def rows(self):
-        return [{**row, "seconds": ""} for row in read_csv(self.out / f"{self.script}.csv")]
 
     def files(self):
-        return self.rows(), {path.name: path.read_bytes() for path in self.out.glob("*.png")}
+        """The rows of the CSV, without seconds, and the pictures."""
+        rows = [{**row, "seconds": ""} for row in read_csv(self.out / f"{self.script}.csv")]
+        return rows, {path.name: path.read_bytes() for path in self.out.glob("*.png")}
 
     def saved(self, name):
         return torch.load(self.out / f"{self.script}.pt")["parts"][name]
@@ -127,12 +125,12 @@ class Run:
         assert cells.shape[2] == columns
         return cells.flatten(0, 2)[:, None]
 
-    def draw(self, z, *y):
-        """What the saved network that draws makes of z (N, D) and labels y (N, classes)."""
+    def draw(self, call):
+        """What the saved network that draws makes of the noise and labels of a call of sample()."""
         names = {"vae": "decoder", "cvae": "decoder", "vaegan": "decoder_ema"}
         name = names.get(self.script, "generator_ema")
         self.networks[name].load_state_dict(self.saved(name))
-        logits = self.networks[name](z, *y).detach()
+        logits = self.networks[name](*[call[key] for key in "zy" if key in call]).detach()
         return (logits.tanh() + 1) / 2 if self.script == "dcgan" else logits.sigmoid()
 
 
@@ -165,6 +163,10 @@ def call(command):
     return module.main(args)
 
 
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+
+
 class Case(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -176,30 +178,30 @@ class Case(unittest.TestCase):
             make_pictures(PICTURES / "train", "ab", 27)
             make_pictures(PICTURES / "test", "ab", 34)
 
-    def close(self, a, b, atol=1e-5):
-        torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+    def runs(self, commands):
+        for self.command in commands:
+            yield tiny_run(self.command)
+
+    def shortDescription(self):  # of a test that failed: at which command
+        return vars(self).get("command")
 
     def check_fails(self, cases, status=2, run=call):
         """Each command ends with this status and a line on stderr, argparse's with two, that says this."""
-        for command, message in cases.items():
-            with self.subTest(command), contextlib.redirect_stderr(io.StringIO()) as error:
-                with contextlib.redirect_stdout(io.StringIO()), self.assertRaises(SystemExit) as end:
-                    run(command)
-                self.assertEqual(end.exception.code, status)
-                self.assertIn(error.getvalue().count("\n"), (1, 2))
-                self.assertIn(message, error.getvalue())
+        for self.command, message in cases.items():
+            with contextlib.redirect_stderr(io.StringIO()) as error, self.assertRaises(SystemExit) as end:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run(self.command)
+            self.assertIn(message, error.getvalue())
+            self.assertTrue(end.exception.code == status and error.getvalue().count("\n") < 3)
 
 
 class CommandLine(Case):
     def test_every_script_runs(self):
-        def run(script):
+        for script in SCRIPTS:
             command = [sys.executable, HERE / f"{script}.py", "--dry-run", "--data=synthetic", "--out=out"]
-            return subprocess.run(command, capture_output=True, text=True)
-
-        with ThreadPoolExecutor(2) as pool:
-            for script, done in zip(SCRIPTS, pool.map(run, SCRIPTS)):
-                self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout + done.stderr)
-                self.assertTrue(Path(f"out/dry-run/{script}.pt").exists())
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout + done.stderr)
+            self.assertTrue(Path(f"out/dry-run/{script}.pt").exists())
 
     def test_documented_commands_and_flags_exist(self):
         readme = (HERE / "README.md").read_text()
@@ -222,21 +224,20 @@ class CommandLine(Case):
     def test_measures_of_the_readme_work_on_what_a_run_leaves(self):
         measure = re.search(r"import [^`]*measure\.py: python[^`]*", (HERE / "README.md").read_text())[0]
         two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-        classifier = mock.patch.object(common, "load_classifier", lambda args, data: two)
         for script, word in {"vaegan": "label kept", "cgan": "sure", "wgan": "gradient of 0.weight"}.items():
             argv = mock.patch.object(sys, "argv", ["measure.py", script, str(tiny_run(script).out)])
-            with argv, classifier, contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(measure, {})
+            with argv, mock.patch("common.load_classifier", lambda args, data: two):
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    exec(measure, {})
             self.assertIn(word, output.getvalue())
 
     def test_bad_input(self):
         Path("vaegan.pt").write_bytes(b"no checkpoint")
         cases = {
             "--epochs -1": "--epochs -1: must be at least 1", "--lr nan": "--lr nan: must be",
-            "--lr 0": "--lr 0.0: must be", "--ema 1": "below 1", "--gamma -1": "--gamma -1.0: must be",
-            "--batch-size 1": "at least 2", "--image-size 4": "at least 8", "--image-size 30": "multiple of 4",
-            "--device meta": "--device meta", "--out vaegan.pt": "--out vaegan.pt",
-            "--resume --out .": "no whole checkpoint",
+            "--lr 0": "--lr 0.0: must be", "--ema 1": "below 1", "--batch-size 1": "at least 2",
+            "--image-size 30": "multiple of 4", "--device meta": "--device meta",
+            "--out vaegan.pt": "--out vaegan.pt", "--resume --out .": "no whole checkpoint",
         }
         self.check_fails({f"vaegan {flags}": message for flags, message in cases.items()})
         self.assertEqual(os.listdir(), ["vaegan.pt"])
@@ -247,158 +248,159 @@ class CommandLine(Case):
 
 class TinyRuns(Case):
     def test_csv_has_the_means_of_the_losses_by_their_documented_names(self):
-        for command in KINDS:
-            run, losses, kept, done = tiny_run(command), [], {}, 0
+        for run in self.runs(KINDS):
+            losses, kept, done = [], {}, 0
             for step in run.steps:  # a generator that rests keeps its loss
                 kept = {**kept, **{name: value.item() for name, value in step["result"].items()}}
                 losses.append(kept)
             block = run.module.__doc__.split("Columns of")[1]
             names = ", ".join(re.findall(r"^    (\w+(?:, \w+)*)(?:  |$)", block, re.M)).split(", ")
-            for row in run.rows():
+            for row in run.files()[0]:
                 self.assertEqual({*row}, {"epoch", "step", "seconds", *names})
                 part, done = losses[done : int(row["step"])], int(row["step"])
                 for name in kept:
-                    self.close(float(row[name]), sum(step[name] for step in part) / len(part))
+                    close(float(row[name]), sum(step[name] for step in part) / len(part))
                 for name in {*names} - {*kept}:  # of the test set
                     self.assertEqual(row[name] > "", done % 13 == 0)
-                self.assertEqual(int(row["epoch"]), math.ceil(done / 13))
-            steps = [int(row["step"]) for row in run.rows()]
-            self.assertEqual(steps, sorted({*range(2, 39, 2), 13, 26, 39}))
+                self.assertTrue(int(row["epoch"]) == math.ceil(done / 13) and len(part) < 3)
+            self.assertEqual(done, 39)
 
     def test_pictures_are_what_the_saved_network_draws(self):
-        for command in {*KINDS} - {"vae --arch pixelcnn"}:  # it draws anew each time
-            run, columns, shown, y, labels = tiny_run(command), (8, 10), [*range(10)], [], []
-            z = run.epochs[0]["z"]
-            self.assertTrue(all(call["z"].equal(z) for call in run.epochs))
+        for run in self.runs([*KINDS, "vae --latent-dim 2"]):
+            names = {"samples": 10 if run.told else 8, "interpolation": 6}  # and columns
+            if "encoder" in run.networks:
+                names["reconstructions"] = 8
+                if run.args.latent_dim == 2:
+                    names["manifold"] = 20
+                names["traversal"] = 10
+            for name, call in zip(names, run.sampled[-len(names) :]):
+                shown = run.grid(name, names[name])
+                close(shown[1::2] if name == "reconstructions" else shown, call["result"], 1 / 255)
+                if "pixelcnn" not in self.command:  # it draws anew each time
+                    close(call["result"], run.draw(call))
+            rows = [call["result"][:: 11 if run.told else 1][:10] for call in run.sampled[:: len(names)]]
+            close(run.grid("progress", 2 if run.told else 10), torch.cat(rows), 1 / 255)
+
+    def test_noise_and_walks(self):
+        for run, other in zip(self.runs(SCRIPTS), map(tiny_run, OTHERS)):
+            samples, walk = run.sampled[:2]
+            z = samples["z"]
+            self.assertEqual(sum(call["z"].equal(z) for call in run.sampled), 3)  # in each epoch
             self.assertLess(z.mean().abs() + (z.std() - 1).abs(), 0.4)  # it is normal
+            self.assertFalse(z.equal(other.sampled[0]["z"]))
             steps = [(i, t / 5) for i in range(16) for t in range(6)]
             walks = [torch.lerp(z[i], z[i + 1], t) for i, t in steps]
-            if run.script in CONDITIONAL:  # a row per class, the same noise down a column
-                columns, shown, y = (10, 2), [0, 11], [torch.eye(2).repeat_interleave(10, 0)]
-                self.close((run.epochs[0]["y"], z[:10]), (y[0], z[10:]))
+            if run.told:  # a row per class, the same noise down a column
+                close((samples["y"], z[:10]), (torch.eye(2).repeat_interleave(10, 0), z[10:]))
+                walks[48:] = [z[i] for i, _ in steps[:48]]
                 turn = torch.eye(2).repeat(5, 1)
-                walks[48:] = [z[i] for i, t in steps[:48]]
-                labels = [turn[i] for i, t in steps[:48]]
+                labels = [turn[i] for i, _ in steps[:48]]
                 labels += [torch.lerp(turn[i], turn[i + 1], t) for i, t in steps[:48]]
-                labels = [torch.stack(labels)]
-            with self.subTest(command):
-                self.close(run.grid("samples", columns[0]), run.draw(z, *y), 1 / 255)
-                self.close(run.grid("interpolation", 6), run.draw(torch.stack(walks), *labels), 1 / 255)
-                progress = torch.cat([call["result"][shown] for call in run.epochs])
-                self.close(run.grid("progress", columns[1]), progress, 1 / 255)
+                close(walk["y"], torch.stack(labels))
+            close(walk["z"], torch.stack(walks))
 
-    def test_pictures_of_encoders(self):
-        for command in ("vae", "vae --latent-dim 2", "vae --arch conv", "cvae", "cvae --arch conv", "vaegan"):
-            run, (x, y) = tiny_run(command), pictures("test")
-            pairs = run.grid("reconstructions", 8)
-            which = find(pairs[::2], "test")
+    def test_codes(self):
+        for run in self.runs(["vae", "vae --latent-dim 2", "vae --arch conv", "cvae", "vaegan"]):
+            (x, y), traversal = pictures("test"), run.sampled[-1]
+            recon = run.sampled[-len(run.sampled) // 3 + 2]
+            which = find(run.grid("reconstructions", 8)[::2], "test")
             self.assertEqual(len({*which}), 32)
-            y = [y] if run.script == "cvae" else []
-            encoder = run.networks["encoder_ema" if command == "vaegan" else "encoder"]
-            codes = encoder(x, *y).detach().chunk(2, 1)[0]
-            mu, y = codes[which], [label[which] for label in y]
+            encoder = run.networks["encoder_ema" if run.script == "vaegan" else "encoder"]
+            codes = (encoder(x, y) if run.told else encoder(x)).detach().chunk(2, 1)[0]
+            mu = codes[which]
             dims = mu.var(0).argsort(descending=True)[:10]  # those that vary most
             z = mu[:1].repeat(10 * len(dims), 1)
             for i, dim in enumerate(dims):
                 z[10 * i : 10 * i + 10, dim] = torch.arange(10) * 6 / 9 - 3
-            with self.subTest(command):
-                self.close(pairs[1::2], run.draw(mu, *y), 1 / 255)
-                same = [label[:1].expand(len(z), -1) for label in y]
-                self.close(run.grid("traversal", 10), run.draw(z, *same), 1 / 255)
-            if run.args.latent_dim == 2:
+            close((recon["z"], traversal["z"]), (mu, z))
+            if run.told:
+                close((recon["y"], traversal["y"]), (y[which], y[which[:1]].expand(len(z), -1)))
+            if len(dims) == 2:
                 ticks = [NormalDist().inv_cdf((i + 0.5) / 20) for i in range(20)]
-                plane = torch.tensor([(a, b) for b in reversed(ticks) for a in ticks])  # z_2 rises to the top
-                self.close(run.grid("manifold", 20), run.draw(plane), 1 / 255)
+                plane = torch.tensor([(a, b) for b in reversed(ticks) for a in ticks])  # z_2 rises
+                close(run.sampled[-2]["z"], plane)
                 nearest = (plane[:, None] - codes).norm(dim=2).argmin(1)
-                self.close(run.grid("latent", 20), x[nearest], 1 / 255)
+                close(run.grid("latent", 20), x[nearest], 1 / 255)
 
     def test_an_epoch_is_the_training_set_and_labels_belong_to_images(self):
-        for script in SCRIPTS:
-            orders, run, other = [], tiny_run(script), tiny_run(f"{script} --score --seed 1")
+        for run, other in zip(self.runs(SCRIPTS), map(tiny_run, OTHERS)):
+            orders = []
             for first in (0, 13, 26):
                 part = run.steps[first : first + 13]
                 orders.append(find(torch.cat([step["x"] for step in part]), "train"))
                 self.assertEqual(len({*orders[-1]}), 26)
-                if script in CONDITIONAL:
-                    y = torch.cat([step["y"] for step in part])
-                    self.close(y, pictures("train")[1][orders[-1]])
+                if run.told:
+                    close(torch.cat([step["y"] for step in part]), pictures("train")[1][orders[-1]])
             self.assertNotEqual(orders[0], orders[1])
             self.assertNotEqual(orders[0][:2], find(other.steps[0]["x"], "train"))
-            self.assertFalse(other.epochs[0]["z"].equal(run.epochs[0]["z"]))
 
     def test_optimizers(self):
         betas = {"vae": (0.9, 0.999), "cvae": (0.9, 0.999), "wgan": (0.0, 0.9), "vaegan": (0.5, 0.999)}
-        for script in SCRIPTS:
-            run = tiny_run(script)
-            rates = {"opt": run.args.lr / 39, "opt_d": run.args.lr * vars(run.args).get("lr_d", 1)}  # VAEs': falls
+        for run in self.runs(SCRIPTS):
+            rates = {"opt": run.args.lr / 39, "opt_d": run.args.lr * vars(run.args).get("lr_d", 1)}
             for step in run.steps:
-                for name in step["before"]:
-                    self.assertIs(step[name], run.networks[name])
+                self.assertTrue(all(step[name] is run.networks[name] for name in step["before"]))
                 for (name, optimizer), networks in trained(step):
                     (group,) = optimizer.param_groups
                     self.assertEqual([*map(id, group["params"])], [*map(id, networks.parameters())])
-                    self.close((group["lr"], group["betas"]), (rates.get(name, run.args.lr), betas.get(script, (0.0, 0.99))))
-        (optimizer,) = {step["opt"] for step in tiny_run("vae --lr-schedule constant --opt rmsprop").steps}
+                    close(group["lr"], rates.get(name, run.args.lr), 1e-9)  # a VAE's falls to 0
+                    self.assertEqual(group["betas"], betas.get(run.script, (0.0, 0.99)))
+        optimizer = tiny_run("vae --lr-schedule constant --opt rmsprop").steps[0]["opt"]
         self.assertEqual((optimizer.param_groups[0]["lr"], type(optimizer)), (3e-3, torch.optim.RMSprop))
 
     def test_average_of_the_weights(self):
-        for command in ("gan", "cgan", "dcgan", "wgan", "vaegan", "gan --ema 0"):
-            run = tiny_run(command)
+        for run in self.runs(["gan", "cgan", "dcgan", "wgan", "vaegan", "gan --ema 0"]):
             turns = [step for step in run.steps if "loss_g" in step["result"]]
             for name in {"encoder", "decoder", "generator"} & {*run.networks}:
                 average = run.steps[0]["before"][name]
                 for i, step in enumerate(turns):
-                    k = [0, 1, 2, 2, 3, 4, 5, 6, 7][i] if command == "wgan" else i  # 0, 5, 10, 13 ... // 5
+                    k = [0, 1, 2, 2, 3, 4, 5, 6, 7][i] if run.script == "wgan" else i  # 0, 5, 10, 13 ... // 5
                     decay = min(run.args.ema, (1 + k) / (10 + k))
                     for key, value in step["after"][name].items():
                         kept = decay if value.is_floating_point() else 0
                         average[key] = kept * average[key] + (1 - kept) * value
-                self.close(dict(run.saved(f"{name}_ema")), dict(average))
+                close(dict(run.saved(f"{name}_ema")), dict(average))
 
     def test_scores_are_of_samples_of_the_network_that_draws(self):
-        for command in (*SCRIPTS, "vae --arch pixelcnn"):
-            run, n = tiny_run(f"{command} --score --seed 1"), 1_000 if "pixel" in command else 10_000
-            drawn, y = [call for call in run.sampled if len(call["z"]) == n], []
-            for scored, call in zip(run.scored, drawn):
-                self.assertIs(scored["x"], call["result"])
+        for run in self.runs([*OTHERS, "vae --arch pixelcnn --epochs 1 --score"]):
+            (scored,), call, n = run.scored, run.sampled[-1], 1_000 if "pixel" in self.command else 10_000
+            self.assertTrue(scored["x"] is call["result"] and len(call["z"]) == n)
             self.assertLess(call["z"].mean().abs() + (call["z"].std() - 1).abs(), 0.1)
             self.assertEqual(scored.get("binarize", False), n == 1_000)
-            if command in CONDITIONAL:
-                y = [torch.eye(2).repeat(n // 2, 1)]
-                self.close((call["y"], scored["labels"]), (y[0], y[0].argmax(1)))
+            self.assertEqual([row["fd"] for row in run.files()[0]], [""] * 6 + ["7"])
             if n > 1_000:
-                self.close(scored["x"], run.draw(call["z"], *y))
-            self.assertEqual([row["step"] for row in run.rows() if row["fd"] == "7"], ["13", "26", "39"])
+                close(call["result"], run.draw(call))
+            if run.told:
+                y = torch.eye(2).repeat(n // 2, 1)
+                close((call["y"], scored["labels"]), (y, y.argmax(1)))
 
     def test_generate(self):
-        for script in SCRIPTS:
-            run, y, folders = tiny_run(script), [], [f"{script}_generated"] * 6
-            (call,) = Run(f"{script} --generate 6", run.out).sampled
-            if script in CONDITIONAL:
-                y, folders = [torch.eye(2).repeat(3, 1)], ["a", "b"] * 3
+        for run in self.runs(SCRIPTS):
+            (call,) = Run(f"{run.script} --generate 6", run.out).sampled
+            folders = ["a", "b"] * 3 if run.told else [f"{run.script}_generated"] * 6
             paths = sorted(run.out.rglob("00*.png"), key=lambda path: path.name)
             self.assertEqual([path.parent.name for path in paths], folders)
-            self.close(read_images(paths), run.draw(call["z"], *y), 0.51 / 255)
+            close(read_images(paths), run.draw(call), 0.51 / 255)
+            close(call.get("y", torch.eye(2).repeat(3, 1)), torch.eye(2).repeat(3, 1))
             times = {path: path.stat().st_mtime_ns for path in run.out.rglob("*")}
-            loaded = Run(f"{script} --generate 0", run.out).networks
+            loaded = Run(f"{run.script} --generate 0", run.out).networks
             self.assertEqual(times, {path: path.stat().st_mtime_ns for path in run.out.rglob("*")})
-            self.close(dict(loaded.state_dict()), dict(run.networks.state_dict()))
-            for networks in (loaded, run.networks):
-                self.assertFalse(any(module.training for module in networks.modules()))
+            close(dict(loaded.state_dict()), dict(run.networks.state_dict()))
+            self.assertFalse(any(module.training for module in [*loaded.modules(), *run.networks.modules()]))
 
     def test_turns_weights_and_bounds(self):
         for command, n in {"gan --d-steps 3": 3, "wgan": 5}.items():
             turns = ["loss_g" in step["result"] for step in tiny_run(command).steps]
             self.assertEqual(turns, [i % n == 0 for i in range(13)] * 3)
-        run = tiny_run("vae --beta 4 --kl-warmup 2 --binarize")
-        self.close([step["beta"] for step in run.steps], [4 * i / 26 for i in range(26)] + [4.0] * 13)
-        for run in (run, tiny_run("cvae --binarize")):
+        betas = [step["beta"] for step in tiny_run("vae --beta 4 --kl-warmup 2 --binarize").steps]
+        close(betas, [4 * i / 26 for i in range(26)] + [4.0] * 13)
+        for run in self.runs(["vae --beta 4 --kl-warmup 2 --binarize", "cvae --binarize"]):
             x, shown = torch.cat([step["x"] for step in run.steps]), run.grid("reconstructions", 8)[::2]
             self.assertEqual((x.unique().tolist(), shown.unique().tolist()), ([0, 1], [0, 1]))
             self.assertLess((x.mean() - pictures("train")[0].mean()).abs(), 0.05)
         for step in tiny_run("wgan --lipschitz clip --clip 0.02").steps:
             weights = torch.cat([value.flatten() for value in step["after"]["critic"].values()])
-            self.close(weights.abs().max(), torch.tensor(0.02))
+            close(weights.abs().max(), torch.tensor(0.02))
 
 
 class Resuming(Case):
@@ -407,11 +409,10 @@ class Resuming(Case):
             if len(run.steps) == 14:  # in the second epoch
                 raise KeyboardInterrupt
 
-        for command in KINDS:
-            with self.subTest(command), tempfile.TemporaryDirectory() as out:
-                through = tiny_run(command)
+        for through in self.runs(KINDS):
+            with tempfile.TemporaryDirectory() as out:
                 with self.assertRaises(KeyboardInterrupt):
-                    Run(command, out, stop)
+                    Run(self.command, out, stop)
                 self.assertEqual(Run(f"{through.script} --resume", out).files(), through.files())
 
     def test_moments_from_another_kind_of_device(self):
@@ -425,7 +426,7 @@ class Resuming(Case):
         for i, weight in enumerate(step["generator"].parameters()):
             moment = step["opt_g"].state[weight]["exp_avg"]
             self.assertEqual(moment.stride(), weight.stride())
-            self.close(moment, moments[i]["exp_avg"])
+            close(moment, moments[i]["exp_avg"])
 
     def test_what_cannot_be_resumed_or_generated(self):
         through = tiny_run("vae --lr-schedule constant")
@@ -470,7 +471,7 @@ class Resuming(Case):
         self.assertRegex(terminal.getvalue(), r"epoch 3/250  step 5/500  1:01, 100:.. left  loss 0.5$")
 
 
-class Networks(Case):
+class Maths(Case):
     def layers(self, network):
         """Kinds of layers as letters, with their sizes: C16x8 is a convolution from 8 to 16 channels."""
         kinds = {nn.Linear: "L", nn.Conv2d: "C", nn.BatchNorm1d: "B", nn.BatchNorm2d: "B", nn.ReLU: "R",
@@ -499,31 +500,23 @@ class Networks(Case):
             "wgan --arch mlp --hidden 9 --norm batch": "L9x10 B9 R L64x9 U F L9x64 B9 l L1x9 F",
             "vaegan": encoder + decoder + discriminator,
         }
-        for command, expected in table.items():
-            networks = tiny_run(command).networks
-            own = nn.ModuleList(networks[name] for name in networks if "_ema" not in name)
-            self.assertEqual(self.layers(own), expected, command)
-        for size in (12, 28, 36, 64):
-            x = common.conv_decoder((3, size, size), 2, 5)(torch.randn(2, 5))
-            self.assertEqual(x.shape, (2, 3, size, size))
-            self.assertEqual(common.conv_discriminator(x.shape[1:], 2, [8], True)(x).shape, (2,))
+        for run, expected in zip(self.runs(table), table.values()):
+            own = nn.ModuleList(run.networks[name] for name in run.networks if "_ema" not in name)
+            self.assertEqual(self.layers(own), expected)
 
     def test_first_weights(self):
-        for script in ("gan", "wgan", "dcgan"):
-            first = tiny_run(f"{script} --epochs 1 --width 32").steps[0]["before"]
-            weight = max(first.get("discriminator", first.get("critic")).values(), key=torch.numel)
-            std = 0.02 if script == "dcgan" else (2 / 1.04 / weight[0].numel()) ** 0.5  # He et al.
-            self.close(weight.std() / std, torch.tensor(1.0), 0.1)
-
-
-class Updates(Case):
-    """Two steps of plain gradient descent by each script, and by the formulas of its docstring."""
+        for run in self.runs(OTHERS[2:]):
+            *_, (_, network) = run.steps[0]["before"].items()  # the discriminator's
+            weight = max(network.values(), key=torch.numel)
+            std = 0.02 if run.script == "dcgan" else (2 / 1.04 / weight[0].numel()) ** 0.5  # He et al.
+            close(weight.std() / std, torch.tensor(1.0), 0.1)
 
     def check(self, command, by_hand):
+        """Two steps of plain gradient descent, by the script and by the formulas of its docstring."""
         run = tiny_run(command)
         given = {name: run.steps[0][name] for name in inspect.signature(run.module.train_step).parameters}
-        modules = {name: value.train() for name, value in given.items() if isinstance(value, nn.Module)}
-        start, ours, theirs = (copy.deepcopy(modules) for _ in range(3))
+        modules = nn.ModuleDict({name: value for name, value in given.items() if isinstance(value, nn.Module)})
+        start, ours, theirs = (copy.deepcopy(modules).train() for _ in range(3))
         given |= theirs
         for (name, _), networks in trained(given):
             given[name] = torch.optim.SGD(networks.parameters(), 0.01)
@@ -533,12 +526,12 @@ class Updates(Case):
             expected = by_hand(run.args, given["x"], y, *ours.values())
             torch.manual_seed(seed)
             losses = run.module.train_step(**given)
-            self.close(losses, {name: expected[name].mean().detach() for name in losses}, 1e-3)
+            close(losses, {name: expected[name].mean().detach() for name in losses}, 1e-3)
         for networks in zip(start.values(), ours.values(), theirs.values()):
             flat = [torch.cat([weight.flatten() for weight in network.parameters()]) for network in networks]
             moved = (flat[1] - flat[0]).abs().max().item()
             self.assertGreater(moved, 1e-5)
-            self.close((flat[2] - flat[0]) / moved, (flat[1] - flat[0]) / moved, 0.01)
+            close((flat[2] - flat[0]) / moved, (flat[1] - flat[0]) / moved, 0.01)
 
     def descend(self, loss, *networks):
         parameters = [parameter for network in networks for parameter in network.parameters()]
@@ -552,7 +545,7 @@ class Updates(Case):
         kl = (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
         return mu + (logvar / 2).exp() * torch.randn_like(mu), kl
 
-    def test_vae(self):
+    def test_updates_of_vae(self):
         def by_hand(args, x, y, encoder, decoder):
             z, kl = self.encode(encoder, x, *y)
             logits = decoder(z, *y)
@@ -566,7 +559,7 @@ class Updates(Case):
         for command in ("vae --arch conv", "vae --arch conv --recon mse", "cvae --arch conv"):
             self.check(f"{command} --beta 3", by_hand)
 
-    def test_vaegan(self):
+    def test_updates_of_vaegan(self):
         def by_hand(args, x, y, e, g, d):
             z, kl = self.encode(e, x)
             x_recon, x_fake = g(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
@@ -582,7 +575,7 @@ class Updates(Case):
 
         self.check("vaegan --gamma 0.1", by_hand)
 
-    def test_gans(self):
+    def test_updates_of_gans(self):
         def by_hand(args, x, y, g, d):
             x_fake, penalty = g(torch.randn(2, args.latent_dim), *y), torch.zeros(())
             x_fake, x = (x_fake.tanh(), 2 * x - 1) if args.name == "dcgan" else (x_fake.sigmoid(), x)
@@ -615,13 +608,11 @@ class Updates(Case):
         heard, weight, fake = [], torch.tensor(3.0, requires_grad=True), torch.ones(500, 1, 2, 2)
         penalty = load("wgan")[0].gradient_penalty(critic, torch.zeros_like(fake), fake)
         epsilon = heard[0][:, :, :1, :1]  # one for each image, between 0 and 1
-        self.close(heard[0], epsilon * fake)
+        close(heard[0], epsilon * fake)
         self.assertLess((epsilon.mean() - 0.5).abs() + (epsilon.std() - 12**-0.5).abs(), 0.1)
-        self.close(penalty, (3 * epsilon * 2 - 1).square().mean())
+        close(penalty, (3 * epsilon * 2 - 1).square().mean())
         self.assertTrue(torch.autograd.grad(penalty, weight)[0].any())
 
-
-class Evaluation(Case):
     def test_negative_elbo_in_closed_form(self):
         class Constant(nn.Module):
             def forward(self, x, y=None):
@@ -635,24 +626,19 @@ class Evaluation(Case):
         encoder.output, decoder.output = torch.cat([mu, logvar]), torch.zeros(1, 8, 8)
         kl = ((mu.square() + logvar.exp() - 1 - logvar) / 2).sum().item()
         bce, mse = 64 * math.log(2), (x - 0.5).square().sum().item() / 34 + 32 * math.log(math.pi)
-        for command, recon in {"vae": bce, "vae --recon mse": mse, "vae --binarize": bce, "cvae": bce}.items():
+        cases = {"vae": bce, "vae --recon mse": mse, "vae --binarize": bce, "cvae": bce}
+        for command, recon in cases.items():
             module, args = load(command)
             expected = {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
             for mode in (False, True):
                 encoder.train(mode), decoder.train(mode)
-                self.close(module.evaluate(data, args, encoder, decoder), expected, 1e-3)
+                close(module.evaluate(data, args, encoder, decoder), expected, 1e-3)
                 self.assertEqual((encoder.training, decoder.training), (mode, mode))
             (encoding, images, label), (decoding, z, label_again) = heard[-2:]
             self.assertFalse(encoding or decoding)
             self.assertEqual(len(images.unique()) == 2, "binarize" in command)
             self.assertTrue(0.1 < (z - mu).abs().max() < 15)  # a sample
-            self.close((label, label_again), (y, y) if command == "cvae" else (None, None))
-
-    def test_predict_leaves_a_network_as_it_was(self):
-        network, x = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9)), torch.randn(1100, 3)
-        for mode in (True, False):
-            self.close(common.predict(network.train(mode), x), x)
-            self.assertEqual((network.training, network[0].num_batches_tracked), (mode, 0))
+            close((label, label_again), (y, y) if command == "cvae" else (None, None))
 
     def test_pixelcnn(self):
         run, vae = tiny_run("vae --arch pixelcnn"), load("vae")[0]
@@ -666,7 +652,7 @@ class Evaluation(Case):
             self.assertTrue((seen < i).all() and bool(len(seen)) == (i > 0))
         with mock.patch("torch.bernoulli", torch.round):  # each pixel from z and those before it
             drawn = common.predict(decoder, z).sigmoid()
-            self.close(drawn, (decoder(z, drawn) > 0).float())
+            close(drawn, (decoder(z, drawn) > 0).float())
         self.assertGreater((decoder(z + 1, drawn) - decoder(z, drawn)).abs().max(), 1e-3)
         self.assertEqual({*run.grid("samples", 8).unique().tolist()}, {0, 1})
 
@@ -677,9 +663,9 @@ class Evaluation(Case):
         with mock.patch.multiple(common, predict=predict, fd=lambda *pair: pair, covered=lambda *pair: pair):
             score = common.score(nn.Sequential(nn.Identity(), nn.Identity()), data, None, labels)
         pairs = [score.pop(name) for name in ("fd", "precision", "recall")]
-        self.close(pairs, [(fake, real), (fake, real), (real, fake)])
+        close(pairs, [(fake, real), (fake, real), (real, fake)])
         kl = math.log(0.25 / 0.75) / 4 + math.log(0.75 / 0.25) * 3 / 4
-        self.close(score, {"classes": 2, "class_kl": kl, "label_accuracy": 0.5})
+        close(score, {"classes": 2, "class_kl": kl, "label_accuracy": 0.5})
         centres = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 100.0])[:, None]  # to the third: 3 2 2 2 3 98
         points = torch.tensor([-2.9, -3.1, 6.9, 197.0, 199.0])[:, None]
         self.assertEqual([common.covered(point[None], centres) for point in points], [1, 0, 1, 1, 0])
@@ -699,8 +685,9 @@ class DataSets(Case):
         _, _, row, column = moved.nonzero().T
         self.assertEqual(row.unique().tolist() + column.unique().tolist(), [*range(8, 13), *range(8, 15)])
         self.assertGreater(row.bincount()[8:].min(), 0.8 * len(row) / 5)  # each as often
-        self.close(moved.sum((1, 2, 3)), x.sum((1, 2, 3)))
-        plain, once, again = (self.read(PICTURES, f"--translate {t} --batch-size 2")[0].x_test for t in (0, 0.2, 0.2))
+        close(moved.sum((1, 2, 3)), x.sum((1, 2, 3)))
+        flags = ["--batch-size 2", "--batch-size 2 --translate 0.2", "--batch-size 2 --translate 0.2"]
+        plain, once, again = (self.read(PICTURES, flag)[0].x_test for flag in flags)
         self.assertTrue(once.equal(again) and not once.equal(plain))
         step = tiny_run("vae --translate 0.2").steps[0]
         self.assertFalse(step["x"].equal(tiny_run("vae").steps[0]["x"]))
@@ -729,9 +716,9 @@ class DataSets(Case):
         self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # mixed
 
     def test_pictures_of_all_kinds(self):
+        deep, clear = Image.new("I;16", (16, 16), 200 * 257), Image.new("RGBA", (16, 16), (0, 0, 0, 0))
         turned = Image.linear_gradient("L")  # from black to white, 256 pixels
         turned.getexif()[0x0112] = 3  # by 180 degrees
-        deep, clear = Image.new("I;16", (16, 16), 200 * 257), Image.new("RGBA", (16, 16), (0, 0, 0, 0))
         for picture, grey in ((turned, 251), (deep, 200), (clear, 255)):
             picture.save("a.png", exif=picture.getexif())
             self.assertEqual(common.load_picture("a.png", 16).getpixel((4, 4)), (grey, grey, grey))

@@ -200,7 +200,8 @@ class CommandLine(Case):
 
     def test_documented_commands_and_flags_exist(self):
         readme = (HERE / "README.md").read_text()
-        text = readme + "".join(importlib.import_module(script).__doc__ for script in SCRIPTS)
+        reports = (HERE / "assets/reports.md").read_text().replace("\n", " ")
+        text = readme + reports + "".join(importlib.import_module(script).__doc__ for script in SCRIPTS)
         commands = re.findall(r"(?:python|uv run) (?!test_smoke|measure)(\w+)\.py([^`\n|#]*)", text)
         self.assertGreater(len(commands), 2 * len(SCRIPTS))
         for script, flags in commands:
@@ -215,8 +216,9 @@ class CommandLine(Case):
         args = load("vae --arch conv --batch-size 5")[1]
         self.assertEqual((args.batch_size, args.latent_dim), (5, 8))  # what is given goes before
 
-    def test_measures_of_the_readme_work_on_what_a_run_leaves(self):
-        measure = re.search(r"import [^`]*measure\.py: python[^`]*", (HERE / "README.md").read_text())[0]
+    def test_measures_of_the_reports_work_on_what_a_run_leaves(self):
+        reports = (HERE / "assets/reports.md").read_text()
+        measure = re.search(r"import [^`]*measure\.py: python[^`]*", reports)[0]
         two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         for script, word in {"vaegan": "label kept", "cgan": "sure", "wgan": "gradient of 0.weight"}.items():
             argv = mock.patch.object(sys, "argv", ["measure.py", script, str(tiny_run(script).out)])

@@ -237,9 +237,6 @@ class CommandLine(Case):
         }
         self.check_fails({f"vaegan {flags}": message for flags, message in cases.items()})
         self.assertEqual(os.listdir(), ["vaegan.pt"])
-        with mock.patch.dict(os.environ, HOME=os.getcwd(), USERPROFILE=os.getcwd()):
-            args = load("gan --out ~/runs --data-dir ~/data --dry-run")[1]
-        self.assertEqual((args.out, args.data_dir), (Path.cwd() / "runs/dry-run", Path.cwd() / "data"))
 
 
 class TinyRuns(Case):
@@ -370,9 +367,7 @@ class TinyRuns(Case):
             close(read_images(paths), run.draw(call), 0.51 / 255)
             self.assertLess(call["z"].min(), -0.5)
             close(call.get("y", torch.eye(2).repeat(3, 1)), torch.eye(2).repeat(3, 1))
-            times = {path: path.stat().st_mtime_ns for path in run.out.rglob("*")}
             loaded = Run(f"{run.script} --generate 0", run.out).networks
-            self.assertEqual(times, {path: path.stat().st_mtime_ns for path in run.out.rglob("*")})
             close(dict(loaded.state_dict()), dict(run.networks.state_dict()))
             self.assertFalse(any(module.training for module in [*loaded.modules(), *run.networks.modules()]))
 
@@ -445,20 +440,6 @@ class Resuming(Case):
             self.assertEqual(torch.load("out/vae.pt")["epoch"], 1)
         self.check_fails({"vae --lr 1e30 --opt sgd": "diverged"}, 1, run)
         self.assertEqual(len(read_csv("out/vae.csv")), 10)  # the good CSV is still there
-
-    def test_many_epochs_and_a_terminal(self):
-        data = common.Data("", *2 * [(torch.zeros(2, 1, 1, 1), torch.zeros(2))], ["0"])
-        args = mock.Mock(epochs=250, generate=0, batch_size=1, log_every=1, out=Path())
-        log = common.Log(args, data, nn.ModuleDict())
-        for log.epoch in range(1, 251):
-            image = log.progress(torch.full((12, 1, 1, 1), log.epoch / 255))
-            shown = [epoch for epoch in range(1, log.epoch + 1) if epoch % 3 == 0 or epoch == log.epoch]
-            self.assertEqual((255 * image[::10]).flatten().round().tolist(), shown)
-        log.start_epoch(3)
-        log.step, log.start = 4, log.start - 61
-        with mock.patch("sys.stdout.isatty", lambda: True), mock.patch("builtins.print") as printed:
-            log.add({"loss": torch.tensor(0.5)})
-        self.assertRegex(printed.call_args.args[0], r"epoch 3/250  step 5/500  1:01, 100:.. left  loss 0.5$")
 
 
 class Maths(Case):
@@ -601,28 +582,22 @@ class Maths(Case):
         (x, y), heard = pictures("test"), []
         data = common.Data("", (x, y), (x * 255, y.argmax(1)), ["a", "b"])
         encoder, decoder = Constant(), Constant()
-        mu, logvar = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, -1.0, 2.0])
-        encoder.output, decoder.output = torch.cat([mu, logvar]), torch.zeros(1, 8, 8)
-        kl = ((mu.square() + logvar.exp() - 1 - logvar) / 2).sum().item()
+        encoder.output, decoder.output = torch.tensor([1.0, -2.0, 0.0, -1.0]), torch.zeros(1, 8, 8)
+        kl = (1 + 4 + 1 + math.exp(-1) - 2 + 1) / 2  # sum of (mu^2 + var - 1 - log var) / 2
         bce, mse = 64 * math.log(2), (x - 0.5).square().sum().item() / 34 + 32 * math.log(math.pi)
         cases = {"vae": bce, "vae --recon mse": mse, "vae --binarize": bce, "cvae": bce}
         for command, recon in cases.items():
             module, args = load(command)
             expected = {"test_neg_elbo": recon + kl, "test_recon": recon, "test_kl": kl}
-            for mode in (False, True):
-                encoder.train(mode), decoder.train(mode)
-                close(module.evaluate(data, args, encoder, decoder), expected, 1e-3)
-                self.assertEqual((encoder.training, decoder.training), (mode, mode))
-            (encoding, images, label), (decoding, z, label_again) = heard[-2:]
+            close(module.evaluate(data, args, encoder, decoder), expected, 1e-3)
+            (encoding, images, label), (decoding, _, label_again) = heard[-2:]
             self.assertFalse(encoding or decoding)
+            self.assertTrue(encoder.training and decoder.training)  # again
             self.assertEqual(len(images.unique()) == 2, "binarize" in command)
-            self.assertTrue(0.1 < (z - mu).abs().max() < 15)  # a sample
             close((label, label_again), (y, y) if command == "cvae" else (None, None))
 
     def test_pixelcnn(self):
         run, vae = tiny_run("vae --arch pixelcnn"), load("vae")[0]
-        kinds = [layer.mask.sum().item() for layer in run.networks.modules() if hasattr(layer, "mask")]
-        self.assertEqual(kinds, [24, 5, 5, 5, 5, 5])  # 7 x 7 without its own pixel, 3 x 3 with it
         decoder = vae.PixelCNN((1, 12, 12), 4, 3, norm=True, layers=2).eval()
         z, x = torch.randn(2, 3), torch.rand(2, 1, 12, 12).round().requires_grad_()
         for i in (0, 17, 77, 143):
@@ -674,12 +649,10 @@ class DataSets(Case):
         for red in ("d/9/red.png", "d/cover.png"):
             Image.new("RGB", (9, 9), "red").save(red)
         make_pictures("d/__MACOSX", [""], 1)
-        Path("d/9/._3.png").write_bytes(b"resource fork")
         make_pictures("flat", [""], 25)
         make_pictures("split/Train", "ba", 20)
         make_pictures("split/test", "b", 4)
         make_pictures("split/val", "b", 4)
-        os.rename("split/Train/a/01.png", os.fsencode("split/Train/a/caf") + b"\xe9.png")
         cases = {"d": (["9", "10", "11", "12"], 28, 3, (3, 16, 16)), "flat": (["flat"], 23, 2, (1, 8, 8)),
                  "split": (["a", "b"], 20, 4, (1, 8, 8))}
         for folder, expected in cases.items():
@@ -688,12 +661,6 @@ class DataSets(Case):
         self.assertIn("Left out: val", printed)
         self.assertEqual(data.y_test.tolist(), [1] * 4)  # by the training set's numbers
         self.assertNotEqual(data.y_train.tolist(), sorted(data.y_train.tolist()))  # mixed
-        deep, clear = Image.new("I;16", (16, 16), 200 * 257), Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-        for picture, grey in ((deep, 200), (clear, 255)):
-            picture.save("a.png")
-            self.assertEqual(common.load_picture("a.png", 16).getpixel((4, 4)), (grey, grey, grey))
-        Image.new("CMYK", (4000, 3000)).save("large.jpg")
-        self.assertEqual(common.load_picture("large.jpg", 64).size, (500, 375))
 
     def test_what_is_refused_and_why(self):
         for folder in ("deep/pictures/train", "other/train", "poor"):
@@ -720,8 +687,7 @@ class DataSets(Case):
             path.write_bytes(struct.pack(">HBBI", 0, 8, 1, n) + bytes(n))
             path = path.with_name(f"{part}-images-idx3-ubyte")
             path.write_bytes(struct.pack(">HBBIII", 0, 8, 3, n, 28, 28) + bytes(n * 784))
-        data, _ = self.read("MNIST")
-        self.assertEqual((data.x_train.shape, data.y_test.shape), ((300, 1, 28, 28), (20,)))
+        self.assertEqual(self.read("MNIST")[0].x_train.shape, (300, 1, 28, 28))
         path.write_bytes(b"truncated")
         refused = {"vae --data auto": "its four files belong, unpacked, into none/MNIST/raw"}
         self.check_fails(refused)

@@ -206,13 +206,10 @@ class CommandLine(Case):
         self.assertGreater(len(commands), 2 * len(SCRIPTS))
         for script, flags in commands:
             load(script + re.sub(r"--resume|--generate \d+", "", flags))
-        table = re.search(r"## Flags(.*?)\n## ", readme, re.DOTALL)[1]
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            for script in SCRIPTS:
-                self.assertRaises(SystemExit, load, f"{script} --help")
-        named, known = ({*re.findall(r"--[a-z][a-z-]*", part)} for part in (table, output.getvalue()))
-        self.assertLessEqual(named, known)
-        self.assertIn("--arch conv brings --batch-size 32", output.getvalue())
+        section = readme.split("## Flags")[1].split("##")[0]
+        named = {*re.findall(r"--[a-z][a-z-]*", section)} - {"--help"}
+        code = "".join((HERE / f"{name}.py").read_text() for name in [*SCRIPTS, "common"])
+        self.assertLessEqual(named, {*re.findall(r'add\("(--[a-z-]+)"', code)})
         args = load("vae --arch conv --batch-size 5")[1]
         self.assertEqual((args.batch_size, args.latent_dim), (5, 8))  # what is given goes before
 
@@ -381,9 +378,6 @@ class TinyRuns(Case):
             x, shown = torch.cat([step["x"] for step in run.steps]), run.grid("reconstructions", 8)[::2]
             self.assertEqual((x.unique().tolist(), shown.unique().tolist()), ([0, 1], [0, 1]))
             self.assertLess((x.mean() - pictures("train")[0].mean()).abs(), 0.05)
-        for step in tiny_run("wgan --lipschitz clip --clip 0.02").steps:
-            weights = torch.cat([value.flatten() for value in step["after"]["critic"].values()])
-            close(weights.abs().max(), torch.tensor(0.02))
 
 
 class Resuming(Case):
@@ -644,8 +638,6 @@ class DataSets(Case):
 
     def test_folders(self):
         make_pictures("d", "9 10 11".split(), 24, (20, 16))
-        make_pictures("elsewhere", [""], 6)
-        os.symlink(Path("elsewhere").resolve(), "d/12")
         for red in ("d/9/red.png", "d/cover.png"):
             Image.new("RGB", (9, 9), "red").save(red)
         make_pictures("d/__MACOSX", [""], 1)
@@ -653,7 +645,7 @@ class DataSets(Case):
         make_pictures("split/Train", "ba", 20)
         make_pictures("split/test", "b", 4)
         make_pictures("split/val", "b", 4)
-        cases = {"d": (["9", "10", "11", "12"], 28, 3, (3, 16, 16)), "flat": (["flat"], 23, 2, (1, 8, 8)),
+        cases = {"d": (["9", "10", "11"], 23, 2, (3, 16, 16)), "flat": (["flat"], 23, 2, (1, 8, 8)),
                  "split": (["a", "b"], 20, 4, (1, 8, 8))}
         for folder, expected in cases.items():
             data, printed = self.read(folder)

@@ -3,10 +3,9 @@
 Images are float tensors (B, C, H, W) in [0, 1] everywhere outside a network; networks return logits. A data
 set is one uint8 tensor on the training device. Losses and training loops are in the scripts.
 
-Several have what their papers have not: small networks (all); Adam (vae, gan, cgan, vaegan), in GANs without
-momentum (gan, cgan, dcgan: betas of 0 and 0.99); He's initialisation of the discriminator (gan, cgan, wgan,
-vaegan); a generator that learns from the images that the discriminator has just seen (gan, cgan, dcgan,
-wgan); an average of the weights, --ema, that draws the pictures (these and vaegan).
+Several have what their papers have not: small networks; Adam (vae, gan, cgan, vaegan), with betas of 0 and
+0.99 (gan, cgan, dcgan); He's initialisation of a discriminator (not dcgan); a generator that learns from
+images the discriminator has just seen (not vaegan); averaged weights, --ema, that draw a GAN's pictures.
 """
 
 import argparse
@@ -420,7 +419,8 @@ class Log:
         if self.step % self.args.log_every and not last:
             return
         table, self.losses = torch.stack(self.losses), []  # (steps, losses)
-        for name, value in [*zip(losses, table.T), *self.networks.state_dict().items()]:
+        weights = self.networks.state_dict() if last else {}  # those that the checkpoint will hold
+        for name, value in [*zip(losses, table.T), *weights.items()]:
             if not value.isfinite().all():
                 fail(f"{name} is not finite at step {self.step}: diverged, a smaller --lr may help", status=1)
         self.seconds = time.monotonic() - self.start
@@ -476,12 +476,12 @@ def save_images(args, images, folders=None):
     """NAME_generated/000000.png ...: single images (N, C, H, W); `folders` are the names of N sub-folders."""
     folder = args.out / f"{args.name}_generated"
     if len(images):  # --generate 0 only loads
+        say(f"Writing {len(images)} samples to {folder}")
         shutil.rmtree(folder, ignore_errors=True)
     for i, x in enumerate((images.cpu() * 255 + 0.5).to(torch.uint8)):
         path = folder / (folders[i].replace("/", "-") if folders else "") / f"{i:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         v2.functional.to_pil_image(x).save(path)
-    say(f"Wrote {len(images)} samples to {folder}")
 
 
 def run_flags(args):

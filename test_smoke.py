@@ -480,12 +480,12 @@ class Maths(Case):
             self.check(f"{command} --beta 3", by_hand)
 
     def test_negative_elbo_of_the_test_set(self):
-        for run in self.runs(["vae --recon mse", "cvae", "vae --binarize", "cvae --binarize"]):
-            binary = self.command.endswith("--binarize")
-            for seen in (run.steps[-1]["x"], run.grid("reconstructions", 8)[::2]):
-                self.assertEqual(len(seen.unique()) == 2, binary)
+        for run in self.runs(["vae --recon mse", "cvae", "vae --binarize --latent-dim 2", "cvae --binarize"]):
+            latent = run.grid("latent", 20) if run.args.latent_dim == 2 else run.steps[0]["x"]
+            for seen in (run.steps[-1]["x"], run.grid("reconstructions", 8)[::2], latent):
+                self.assertEqual(len(seen.unique()) == 2, run.args.binarize)
             with redirect_stdout(io.StringIO()):
-                x, labels = next(common.load_data(run.args).test_batches(binary))
+                x, labels = next(common.load_data(run.args).test_batches(run.args.binarize))
             y = [F.one_hot(labels)] if run.told else []
             torch.manual_seed(run.args.seed)
             recon, kl = self.elbo(run.args, x, y, *run.networks.values())

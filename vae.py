@@ -225,11 +225,11 @@ def main(args):
             ticks = Normal(0.0, 1.0).icdf((torch.arange(20) + 0.5) / 20)  # equally probable under N(0, 1)
             plane = torch.cartesian_prod(-ticks, ticks).flip(1).to(args.device)  # row by row: (400, 2)
             save_grid(args, "manifold", sample(decoder, plane), 20)
-            codes = posterior(predict(encoder, data.x_test / 255)).mean
+            x_test = torch.cat([x for x, _ in data.test_batches(args.binarize)])
+            codes = posterior(predict(encoder, x_test)).mean
             nearest = torch.cdist(plane, codes).argmin(1)  # of the test images, to each point
-            save_grid(args, "latent", data.x_test[nearest] / 255, 20)
-        z = traverse(mu[0], mu)
-        save_grid(args, "traversal", sample(decoder, z), 10)
+            save_grid(args, "latent", x_test[nearest], 20)
+        save_grid(args, "traversal", sample(decoder, traverse(mu[0], mu)), 10)
         scores = evaluate(data, args, encoder, decoder)
         if args.score:
             z = torch.randn(10_000, args.latent_dim, device=args.device)

@@ -384,7 +384,7 @@ def fd(f, g):
 
 def covered(points, centres, k=3):
     """Share of points (N, D) in a k-nearest-neighbour ball of centres (M, D): Kynkaanniemi et al. 2019."""
-    radii = torch.cdist(centres, centres).kthvalue(k + 1).values  # the nearest of all is the centre itself
+    radii = torch.cdist(centres, centres).topk(k + 1, largest=False).values[:, k]  # [:, 0]: the centre itself
     return (torch.cdist(points, centres) <= radii).any(1).float().mean().item()
 
 

@@ -25,7 +25,7 @@ Differences from the paper, beside what common.py says:
   discriminator, which learns more slowly than the other two (--lr-d);
 - beta (the paper: 1), the variance of the Gaussian around f(x_recon): the features' scale is arbitrary, and
   with it the balance of the encoder's two losses; gamma depends on it likewise;
-- reconstructions and samples pass the decoder in one batch, and with it its batch norm;
+- -log D in loss_g (the paper: log(1 - D)); reconstructions and samples pass the decoder in one batch;
 - Adam at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures is an average too.
 
     python vaegan.py --epochs 1 --opt adam

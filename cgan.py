@@ -6,8 +6,8 @@
 
 Mirza, Osindero: Conditional generative adversarial nets, 2014, arXiv 1411.1784.
 
-The GAN of gan.py whose two networks are told the label y, as a one-hot vector: the generator beside the
-noise, x_fake = generator(z, y), the discriminator beside the image. Averaged over the batch:
+The GAN of gan.py, but both networks also get the label y as a one-hot vector: the generator with the noise,
+x_fake = generator(z, y), the discriminator with the image. Averaged over the batch:
 
     loss_d = -log D(x, y) - log(1 - D(x_fake, y))
     loss_g = -log D(x_fake, y)
@@ -15,28 +15,36 @@ noise, x_fake = generator(z, y), the discriminator beside the image. Averaged ov
     discriminator  minimises  loss_d
     generator      minimises  loss_g
 
-Differences from the paper, beside what common.py says:
-- --arch mlp: the layers of gan.py (the paper: maxout units), a discriminator that learns more slowly than
-  the generator (--lr-d);
-- --arch conv: the layers of dcgan.py, a conditional DCGAN, but with He's initialisation and images in [0, 1];
-- the label joins the first layers alone (the paper: noise, image and label each have a hidden layer of their
-  own): as more numbers of z; beside an image as one more channel of 0 or 1 per class or, for --arch mlp, one
-  more pixel per class, scaled to about the norm of a digit to be heard;
-- dropout in the mlp discriminator alone (0.5 in both networks), batches of 64 (100), noise from N(0, I)
-  (uniform noise).
+    Differences        here                                     in the paper
+      generator        layers of 128, 256, 512; batch norm      200 for z and 1000 for y, then 1200; none
+      discriminator    512, 256, 128; leaky ReLU                240 for x and 50 for y, then 240; maxout
+      label            joins z as numbers; joins x as pixels    has a first layer of its own
+                       of a digit's norm or (conv) channels
+      dropout          0.2 after the discriminator's layers     0.5 in both networks
+      first weights    discriminator: He's; generator: torch's  not given
+      noise            normal                                   uniform
+      optimiser        Adam with betas of 0 and 0.99            SGD with momentum
+      learning rates   4e-3, the discriminator's 1.2e-3         0.1 for both, decaying
+      batches          of 64 images                             of 100
+      loss_g           -log D                                   log(1 - D)
+      generated        one batch for both networks              a new one for the generator
+      samples          of averaged weights; their decay is      of the last weights
+                       min(--ema, (1 + t) / (10 + t)) at step t
+      --arch conv      the layers of dcgan.py: a conditional    fully connected networks
+                       DCGAN, but with images in [0, 1]
 
     python cgan.py --epochs 1
     python cgan.py --arch conv
 
 Files: cgan.csv, cgan.pt, cgan_*.png: samples (a row per class, the same z down a column), progress,
-interpolation (eight walks from z to z, eight from label to label). Columns of cgan.csv beside epoch, step,
-seconds of training, as means since the row before:
+interpolation (eight walks from z to z, eight from label to label). The columns of cgan.csv, besides epoch,
+step and seconds of training, are means since the previous row:
 
     loss_d     2 log 2 = 1.39 at chance
     d_real     D(x, y)
     d_fake     D(x_fake, y)
     loss_g     log 2 = 0.69 at chance
-    fd ...     after each epoch, with --score: see README.md
+    fd ...     at the end of each epoch, with --score: see README.md
 """
 
 import copy
@@ -51,19 +59,39 @@ from common import (
     interpolate, make_optimizer, predict, to_device, update_average,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    parse, positive_float, positive_int, share, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[128, 256, 512], help="mlp layers of G; D's are reversed")
-    add("--dropout", type=float, default=0.2, help="in the mlp discriminator")
-    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, {"--arch conv": "--batch-size 32 --lr 1.4e-3 --lr-d 1"})
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="networks; conv changes the defaults to --batch-size 32 --lr 1.4e-3 --lr-d 1")
+    add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
+        help="mlp: the generator's layers, reversed in the discriminator")
+    add("--dropout", type=share, default=0.2, help="mlp: dropout in the discriminator")
+    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    if parser.parse_known_args(argv)[0].arch == "conv":
+        parser.set_defaults(batch_size=32, lr=1.4e-3, lr_d=1.0)
+    return parse(parser, argv)
+
+
+def make_networks(args, shape, n_classes):
+    """Generator: z (B, latent_dim), y (B, n_classes) -> logits (B, C, H, W); discriminator: x (B, C, H, W),
+    y (B, n_classes) -> logits (B,)."""
+    c, h, w = shape
+    if args.arch == "mlp":
+        generator = mlp([args.latent_dim + n_classes, *args.hidden, c * h * w], norm=True)
+        generator = nn.Sequential(generator, nn.Unflatten(1, shape))
+        sizes = [c * h * w + n_classes, *reversed(args.hidden), 1]
+        discriminator = mlp(sizes, leak=0.2, dropout=args.dropout)
+        discriminator = he(nn.Sequential(discriminator, nn.Flatten(0)))
+    else:
+        generator = conv_decoder(shape, args.width, args.latent_dim + n_classes)
+        discriminator = conv_discriminator((c + n_classes, h, w), args.width, norm=True)
+    return Conditional(generator), Conditional(discriminator, flat=args.arch == "mlp")
 
 
 def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
@@ -81,7 +109,7 @@ def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake, y)).mean()
     opt_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
+    loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
     opt_g.step()
     losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}
@@ -94,19 +122,9 @@ def sample(generator, z, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    c, h, w = data.shape
     n_classes = len(data.classes)
     torch.manual_seed(args.seed)
-    if args.arch == "mlp":
-        generator = mlp([args.latent_dim + n_classes, *args.hidden, c * h * w], norm=True)
-        generator = nn.Sequential(generator, nn.Unflatten(1, data.shape))
-        sizes = [c * h * w + n_classes, *reversed(args.hidden), 1]
-        discriminator = mlp(sizes, leak=0.2, dropout=args.dropout)
-        discriminator = he(nn.Sequential(discriminator, nn.Flatten(0)))
-    else:
-        generator = conv_decoder(data.shape, args.width, args.latent_dim + n_classes)
-        discriminator = conv_discriminator((c + n_classes, h, w), args.width, norm=True)
-    generator, discriminator = Conditional(generator), Conditional(discriminator, args.arch == "mlp")
+    generator, discriminator = make_networks(args, data.shape, n_classes)
     generator_ema = copy.deepcopy(generator)
     networks = nn.ModuleDict({
         "generator": generator, "discriminator": discriminator, "generator_ema": generator_ema,
@@ -123,23 +141,27 @@ def main(args):
     if args.generate is not None:
         labels = torch.arange(args.generate, device=args.device) % n_classes
         z = torch.randn(args.generate, args.latent_dim, device=args.device)
-        save_images(args, sample(generator_ema, z, one_hot[labels]), [data.classes[y] for y in labels])
+        folders = [data.classes[label] for label in labels]
+        save_images(args, sample(generator_ema, z, one_hot[labels]), folders)
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, one_hot[labels], args, generator, discriminator, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema, log.step)
-            log.add(losses)
+            update_average(generator_ema, generator, args.ema, step)
+            step += 1
+            log.add(step, losses)
         samples = sample(generator_ema, z_fixed, y_fixed)
-        save_grid(args, "samples", samples, 10)  # a row per class, the same z down a column
+        save_grid(args, "samples", samples, 10)  # a row per class, a column per z
         save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))  # its diagonal
-        z, y = z_fixed[:9], one_hot.repeat(9, 1)[:9]  # eight walks from z to z, eight from label to label
-        z_walk = interpolate(torch.cat([z[:8], z[:8]]), torch.cat([z[1:], z[:8]]))
-        y_walk = interpolate(torch.cat([y[:8], y[:8]]), torch.cat([y[:8], y[1:]]))
+        z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]
+        # Eight walks from z to z with the label held, eight from label to label with z held
+        z_walk = torch.cat([interpolate(z[:8], z[1:]), z[:8].repeat_interleave(6, 0)])
+        y_walk = torch.cat([y[:8].repeat_interleave(6, 0), interpolate(y[:8], y[1:])])
         save_grid(args, "interpolation", sample(generator_ema, z_walk, y_walk), 6)
         scores = {}
         if args.score:

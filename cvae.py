@@ -5,31 +5,40 @@
 """CVAE: a conditional variational autoencoder.
 
 Sohn, Lee, Yan: Learning structured output representation using deep conditional generative models, 2015,
-NeurIPS; with images given labels, not labels given images: Kingma et al. 2014, arXiv 1406.5298, model M2.
+NeurIPS. They predict images from parts of them; for images from labels see model M2 of Kingma, Rezende,
+Mohamed, Welling: Semi-supervised learning with deep generative models, 2014, arXiv 1406.5298.
 
-The VAE of vae.py whose encoder and decoder are told the label y, one-hot: q(z|x, y) = N(mu, sigma^2) and
-p(x|z, y). z is left with the style. Per image and averaged over the batch:
+The VAE of vae.py, but both networks also get the label y as a one-hot vector: q(z|x, y) = N(mu, sigma^2) and
+p(x|z, y). What is left for z is the style. Per image and averaged over the batch:
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x|y))
     loss_recon = -log p(x|z, y), z = mu + sigma * epsilon
     loss_kl    = KL(q(z|x, y) || p(z)), p(z) = N(0, I)
 
-Differences from the papers, beside what common.py says:
-- z has a fixed prior (Sohn et al.: one that depends on the condition); the label of an image is always given
-  (Kingma et al. infer missing ones), and joins the first layers alone, see common.Conditional;
-- layers, batches, learning rate and pixels as in vae.py; 8 latent dimensions: with 20, more of a digit's
-  identity stays in z, and fewer samples carry the label asked for.
+    Differences        here                                     in the papers or their code
+      condition        the label                                Sohn et al.: a part of the image
+      labels           always given                             Kingma et al. infer missing ones
+      prior of z       N(0, I)                                  Sohn et al.: depends on the condition
+      z                8 dimensions: more would hold more of    Kingma et al.: 50 dimensions
+                       the class, and spoil the labels
+      layers           512, 256; ReLU, batch norm               Kingma et al.: 500, 500; softplus
+      label            joins z as numbers; joins x as pixels    Kingma et al.: numbers, not scaled
+                       of a digit's norm or (conv) channels
+      optimiser        Adam at 3e-3, decaying to zero           Kingma et al.: Adam at 3e-4
+      batches          of 128 images                            Kingma et al.: of 1000
+      pixels           Bernoulli means unless --binarize        Kingma et al.: binary, drawn in each batch
+      --arch conv      the networks of vaegan.py                fully connected ones
 
     python cvae.py --epochs 10
     python cvae.py --arch conv
 
 Files: cvae.csv, cvae.pt, cvae_*.png: samples (a row per class, the same z down a column), progress,
-interpolation (eight walks from z to z, eight from label to label), reconstructions, traversal. Columns of
-cvae.csv beside epoch, step, seconds of training, in nats:
+interpolation (eight walks from z to z, eight from label to label), reconstructions, traversal. The columns of
+cvae.csv, besides epoch, step and seconds of training:
 
-    loss, loss_recon, loss_kl              means since the row before
-    test_neg_elbo, test_recon, test_kl     of the test set, with beta = 1, after each epoch
-    fd ...                                 after each epoch, with --score: see README.md
+    loss, loss_recon, loss_kl              means since the previous row, in nats per image
+    test_neg_elbo, test_recon, test_kl     the same of the test set, with beta = 1, at the end of each epoch
+    fd ...                                 at the end of each epoch, with --score: see README.md
 """
 
 import torch
@@ -43,20 +52,39 @@ from common import (
     interpolate, make_optimizer, predict, to_device, traverse,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    nonnegative_float, parse, positive_int, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=128, lr=3e-3, latent_dim=8)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[512, 256], help="mlp layers; the decoder's are reversed")
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="networks; conv changes the defaults to --batch-size 32")
+    add("--hidden", type=positive_int, nargs="+", default=[512, 256],
+        help="mlp: the encoder's layers, reversed in the decoder")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
-    add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
-    add("--beta", type=float, default=1.0, help="weight of the KL divergence")
-    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: it falls to zero")
-    return parse(parser, argv, {"--arch conv": "--batch-size 32"})
+    add("--binarize", action="store_true", help="draw binary pixels, new ones for each training batch")
+    add("--beta", type=nonnegative_float, default=1.0, help="weight of the KL divergence")
+    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: decays to zero")
+    if parser.parse_known_args(argv)[0].arch == "conv":
+        parser.set_defaults(batch_size=32)
+    return parse(parser, argv)
+
+
+def make_networks(args, shape, n_classes):
+    """Encoder: x (B, C, H, W), y (B, n_classes) -> mu and logvar (B, 2 latent_dim); decoder:
+    z (B, latent_dim), y (B, n_classes) -> logits (B, C, H, W)."""
+    c, h, w = shape
+    norm = args.norm == "batch"
+    if args.arch == "mlp":
+        encoder = mlp([c * h * w + n_classes, *args.hidden, 2 * args.latent_dim], norm)
+        decoder = mlp([args.latent_dim + n_classes, *reversed(args.hidden), c * h * w], norm)
+        decoder = nn.Sequential(decoder, nn.Unflatten(1, shape))
+    else:
+        encoder = conv_encoder((c + n_classes, h, w), args.width, 2 * args.latent_dim, norm)
+        decoder = conv_decoder(shape, args.width, args.latent_dim + n_classes, norm)
+    return Conditional(encoder, flat=args.arch == "mlp"), Conditional(decoder)
 
 
 def posterior(output):
@@ -74,10 +102,10 @@ def reconstruction_loss(logits, x):
 def train_step(x, y, args, encoder, decoder, opt):
     """An update of both networks on x (B, C, H, W) and y (B, n_classes); returns detached scalars."""
     # Encoder and decoder: minimise -log p(x|z, y) + beta KL(q(z|x, y) || p(z))
-    q, p = posterior(encoder(x, y)), Normal(0.0, 1.0)
+    q, prior = posterior(encoder(x, y)), Normal(0.0, 1.0)
     logits = decoder(q.rsample(), y)
     loss_recon = reconstruction_loss(logits, x).mean()
-    loss_kl = kl_divergence(q, p).sum(1).mean()
+    loss_kl = kl_divergence(q, prior).sum(1).mean()
     loss = loss_recon + args.beta * loss_kl
     opt.zero_grad()
     loss.backward()
@@ -93,18 +121,17 @@ def evaluate(data, args, encoder, decoder):
     encoder.eval()
     decoder.eval()
     torch.manual_seed(args.seed)
-    p = Normal(0.0, 1.0)
+    prior = Normal(0.0, 1.0)
     batches = []
     for x, labels in data.test_batches(args.binarize):
         y = F.one_hot(labels, len(data.classes)).float()
         q = posterior(encoder(x, y))
         recon = reconstruction_loss(decoder(q.sample(), y), x)
-        kl = kl_divergence(q, p).sum(1)
+        kl = kl_divergence(q, prior).sum(1)
         batches.append(torch.stack([recon + kl, recon, kl]))
     encoder.train(training)
     decoder.train(training)
-    names = ["test_neg_elbo", "test_recon", "test_kl"]
-    return dict(zip(names, torch.cat(batches, 1).mean(1).tolist()))
+    return dict(zip(["test_neg_elbo", "test_recon", "test_kl"], torch.cat(batches, 1).mean(1).tolist()))
 
 
 def sample(decoder, z, y):
@@ -114,18 +141,9 @@ def sample(decoder, z, y):
 
 def main(args):
     data = load_data(args, conditional=True)
-    c, h, w = data.shape
     n_classes = len(data.classes)
     torch.manual_seed(args.seed)
-    norm = args.norm == "batch"
-    if args.arch == "mlp":
-        encoder = mlp([c * h * w + n_classes, *args.hidden, 2 * args.latent_dim], norm)
-        decoder = mlp([args.latent_dim + n_classes, *reversed(args.hidden), c * h * w], norm)
-        decoder = nn.Sequential(decoder, nn.Unflatten(1, data.shape))
-    else:
-        encoder = conv_encoder((c + n_classes, h, w), args.width, 2 * args.latent_dim, norm)
-        decoder = conv_decoder(data.shape, args.width, args.latent_dim + n_classes, norm)
-    encoder, decoder = Conditional(encoder, args.arch == "mlp"), Conditional(decoder)
+    encoder, decoder = make_networks(args, data.shape, n_classes)
     networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     to_device(networks, args.device)
     opt = make_optimizer(args, networks, args.lr)
@@ -139,25 +157,31 @@ def main(args):
     if args.generate is not None:
         labels = torch.arange(args.generate, device=args.device) % n_classes
         z = torch.randn(args.generate, args.latent_dim, device=args.device)
-        save_images(args, sample(decoder, z, one_hot[labels]), [data.classes[y] for y in labels])
+        folders = [data.classes[label] for label in labels]
+        save_images(args, sample(decoder, z, one_hot[labels]), folders)
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    steps_per_epoch = len(data.x_train) // args.batch_size
+    step = done * steps_per_epoch
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             if args.lr_schedule == "linear":
-                opt.param_groups[0]["lr"] = args.lr * (1 - log.step / (args.epochs * log.steps_per_epoch))
+                opt.param_groups[0]["lr"] = args.lr * (1 - step / (args.epochs * steps_per_epoch))
             if args.binarize:
                 x = torch.bernoulli(x)
-            log.add(train_step(x, one_hot[labels], args, encoder, decoder, opt))
+            losses = train_step(x, one_hot[labels], args, encoder, decoder, opt)
+            step += 1
+            log.add(step, losses)
         samples = sample(decoder, z_fixed, y_fixed)
-        save_grid(args, "samples", samples, 10)  # a row per class, the same z down a column
+        save_grid(args, "samples", samples, 10)  # a row per class, a column per z
         save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))  # its diagonal
-        z, y = z_fixed[:9], one_hot.repeat(9, 1)[:9]  # eight walks from z to z, eight from label to label
-        z_walk = interpolate(torch.cat([z[:8], z[:8]]), torch.cat([z[1:], z[:8]]))
-        y_walk = interpolate(torch.cat([y[:8], y[:8]]), torch.cat([y[:8], y[1:]]))
+        z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]
+        # Eight walks from z to z with the label held, eight from label to label with z held
+        z_walk = torch.cat([interpolate(z[:8], z[1:]), z[:8].repeat_interleave(6, 0)])
+        y_walk = torch.cat([y[:8].repeat_interleave(6, 0), interpolate(y[:8], y[1:])])
         save_grid(args, "interpolation", sample(decoder, z_walk, y_walk), 6)
         y = one_hot[data.y_test[:32]]
         mu = posterior(predict(encoder, x_fixed, y)).mean

@@ -8,7 +8,7 @@ Radford, Metz, Chintala: Unsupervised representation learning with deep convolut
 adversarial networks, 2016, arXiv 1511.06434.
 
 The GAN of gan.py on networks that are convolutional throughout: no pooling, no hidden linear layer, batch
-norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
+norm in both networks, leaky ReLU in the discriminator. Averaged over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)
@@ -16,24 +16,32 @@ norm in both of them, leaky ReLU in the discriminator. Averaged over the batch:
     discriminator  minimises  loss_d
     generator      minimises  loss_g
 
-Differences from the paper, beside what common.py says:
-- at 28 x 28 three layers each way, of 16 to 64 channels (the paper: 64 x 64, four layers of 128 to 1024), the
-  generator's last one at full size; kernels of 3 and 4 (the authors' code: 5);
-- batches of 32 (128), a learning rate of 1.4e-3 for the generator and 0.3 of it for the discriminator (2e-4
-  for both): in so short a run both must learn faster, and the discriminator must not run ahead;
-- noise from N(0, I) in 10 dimensions, enough for digits but few for colour pictures (uniform noise in 100).
+    Differences        here                                     in the paper or its code
+      networks         for 28 x 28: three layers each way,      for 64 x 64: four layers each way,
+                       16 to 64 channels, kernels of 3 and 4    128 to 1024 channels, kernels of 5
+      last layer       of the generator: at full size           doubles the side
+      biases           in all layers, besides batch norm        none
+      noise            normal, 10 dimensions: enough for        uniform, 100 dimensions
+                       digits, few for colour pictures
+      optimiser        Adam with betas of 0 and 0.99            0.5 and 0.999
+      learning rates   1.4e-3, the discriminator's 4.2e-4       2e-4 for both
+      batches          of 32 images                             of 128
+      weight decay     none                                     1e-5
+      updates          both networks on the same images         in turn, each on new images
+      samples          of averaged weights; their decay is      of the last weights
+                       min(--ema, (1 + t) / (10 + t)) at step t
 
     python dcgan.py --epochs 1
     python dcgan.py --data cifar10 --latent-dim 100 --epochs 25
 
-Files: dcgan.csv, dcgan.pt, dcgan_*.png: samples, progress, interpolation. Columns of dcgan.csv beside epoch,
-step, seconds of training, as means since the row before:
+Files: dcgan.csv, dcgan.pt, dcgan_*.png: samples, progress, interpolation. The columns of dcgan.csv, besides
+epoch, step and seconds of training, are means since the previous row:
 
     loss_d     2 log 2 = 1.39 at chance
     d_real     D(x)
     d_fake     D(x_fake)
     loss_g     log 2 = 0.69 at chance
-    fd ...     after each epoch, with --score: see README.md
+    fd ...     at the end of each epoch, with --score: see README.md
 """
 
 import copy
@@ -48,16 +56,24 @@ from common import (
     interpolate, make_optimizer, predict, to_device, update_average,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    parse, positive_float, share, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=1.4e-3, latent_dim=10)
     add = parser.add_argument
-    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
+    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
     return parse(parser, argv)
+
+
+def make_networks(args, shape):
+    """Generator: z (B, latent_dim) -> x_fake (B, C, H, W) before tanh; discriminator: images (B, C, H, W) in
+    [-1, 1] -> logits (B,)."""
+    generator = initialize(conv_decoder(shape, args.width, args.latent_dim))
+    discriminator = initialize(conv_discriminator(shape, args.width, norm=True))
+    return generator, discriminator
 
 
 def initialize(network):
@@ -85,7 +101,7 @@ def train_step(x, args, generator, discriminator, opt_g, opt_d):
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake)).mean()
     opt_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
+    loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
     opt_g.step()
     losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}
@@ -99,8 +115,7 @@ def sample(generator, z):
 def main(args):
     data = load_data(args)
     torch.manual_seed(args.seed)
-    generator = initialize(conv_decoder(data.shape, args.width, args.latent_dim))
-    discriminator = initialize(conv_discriminator(data.shape, args.width, norm=True))
+    generator, discriminator = make_networks(args, data.shape)
     generator_ema = copy.deepcopy(generator)
     networks = nn.ModuleDict({
         "generator": generator, "discriminator": discriminator, "generator_ema": generator_ema,
@@ -118,13 +133,15 @@ def main(args):
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, generator, discriminator, opt_g, opt_d)
-            update_average(generator_ema, generator, args.ema, log.step)
-            log.add(losses)
+            update_average(generator_ema, generator, args.ema, step)
+            step += 1
+            log.add(step, losses)
         samples = sample(generator_ema, z_fixed)
         save_grid(args, "samples", samples)
         save_grid(args, "progress", log.progress(samples), 10)

@@ -7,33 +7,42 @@
 Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio: Generative adversarial
 networks, 2014, arXiv 1406.2661.
 
-A generator turns noise z ~ N(0, I) into an image x_fake = generator(z); a discriminator gives the
-probability D that an image is a real one. Averaged over the batch:
+A generator turns noise z ~ N(0, I) into an image x_fake = generator(z). A discriminator gives the
+probability D that an image is real. Averaged over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)            (--loss nonsaturating)
     loss_g = log(1 - D(x_fake))        (--loss minimax: little gradient while the discriminator wins)
 
     discriminator  minimises  loss_d, with every batch
-    generator      minimises  loss_g, with every --d-steps-th batch
+    generator      minimises  loss_g, with one of --d-steps batches
 
-Differences from the paper, beside what common.py says:
-- --arch mlp: the layers of widespread re-implementations, with batch norm in the generator and leaky ReLU in
-  the discriminator (the paper: maxout units); --arch conv: the networks of vaegan.py;
-- a discriminator that learns more slowly than the generator (--lr-d), batches of 64 (100);
-- noise from N(0, I) (uniform noise).
+    Differences        here                                     in the paper or its code
+      generator        layers of 128, 256, 512; batch norm      1200, 1200; none
+      discriminator    512, 256, 128; leaky ReLU                240, 240; maxout units
+      dropout          0.2 after the discriminator's layers     0.2 of its input, 0.5 after its layers
+      first weights    discriminator: He's; generator: torch's  uniform, up to 0.005; up to 0.05
+      noise            normal                                   uniform
+      optimiser        Adam with betas of 0 and 0.99            SGD with momentum
+      training         4e-3, discriminator 1.2e-3; batch 64     0.1, decaying; batch 100
+      generator steps  on the first of --d-steps batches; its   on the last of them
+                       batch norm moves with all
+      generated        one batch for both networks              a new one for the generator
+      samples          of averaged weights; their decay is      of the last weights
+                       min(--ema, (1 + t) / (10 + t)) at step t
+      --arch conv      the networks of vaegan.py                fully connected ones
 
     python gan.py --epochs 1
     python gan.py --arch conv
 
-Files: gan.csv, gan.pt, gan_*.png: samples, progress, interpolation. Columns of gan.csv beside epoch, step,
-seconds of training, as means since the row before:
+Files: gan.csv, gan.pt, gan_*.png: samples, progress, interpolation. The columns of gan.csv, besides epoch,
+step and seconds of training, are means since the previous row:
 
     loss_d     2 log 2 = 1.39 at chance
     d_real     D(x)
     d_fake     D(x_fake)
     loss_g     log 2 = 0.69 at chance, -0.69 with --loss minimax
-    fd ...     after each epoch, with --score: see README.md
+    fd ...     at the end of each epoch, with --score: see README.md
 """
 
 import copy
@@ -48,24 +57,42 @@ from common import (
     interpolate, make_optimizer, predict, to_device, update_average,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    parse, positive_float, positive_int, share, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="mlp", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[128, 256, 512], help="mlp layers of G; D's are reversed")
-    add("--dropout", type=float, default=0.2, help="in the mlp discriminator")
+    add("--arch", choices=["mlp", "conv"], default="mlp",
+        help="networks; conv changes the defaults to --batch-size 32 --lr-d 0.15 --latent-dim 8")
+    add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
+        help="mlp: the generator's layers, reversed in the discriminator")
+    add("--dropout", type=share, default=0.2, help="mlp: dropout in the discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="the generator's loss")
-    add("--d-steps", type=int, default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=float, default=0.3, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, {"--arch conv": "--batch-size 32 --lr-d 0.15 --latent-dim 8"})
+    add("--d-steps", type=positive_int, default=1, help="discriminator steps per generator step")
+    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    if parser.parse_known_args(argv)[0].arch == "conv":
+        parser.set_defaults(batch_size=32, lr_d=0.15, latent_dim=8)
+    return parse(parser, argv)
 
 
-def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):
+def make_networks(args, shape):
+    """Generator: z (B, latent_dim) -> logits (B, C, H, W); discriminator: x (B, C, H, W) -> logits (B,)."""
+    c, h, w = shape
+    if args.arch == "mlp":
+        generator = mlp([args.latent_dim, *args.hidden, c * h * w], norm=True)
+        generator = nn.Sequential(generator, nn.Unflatten(1, shape))
+        discriminator = mlp([c * h * w, *reversed(args.hidden), 1], leak=0.2, dropout=args.dropout)
+        discriminator = he(nn.Sequential(nn.Flatten(), discriminator, nn.Flatten(0)))
+    else:
+        generator = conv_decoder(shape, args.width, args.latent_dim)
+        discriminator = conv_discriminator(shape, args.width, hidden=[4 * args.width])
+    return generator, discriminator
+
+
+def train_step(x, update_generator, args, generator, discriminator, opt_g, opt_d):
     """An update of both networks, or of the discriminator alone, on x (B, C, H, W); detached scalars."""
     # (1) Discriminator: maximise log D of real images + log(1 - D) of generated ones
     z = torch.randn(len(x), args.latent_dim, device=x.device)
@@ -78,13 +105,13 @@ def train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d):
     losses = {"loss_d": loss_d, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
 
     # (2) Generator: maximise log D of generated images
-    if generator_too:
+    if update_generator:
         d_fake = discriminator(x_fake)
         loss_g = F.softplus(-d_fake).mean()
         if args.loss == "minimax":  # minimise log(1 - D) of them
             loss_g = -F.softplus(d_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
+        loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}
@@ -97,16 +124,8 @@ def sample(generator, z):
 
 def main(args):
     data = load_data(args)
-    c, h, w = data.shape
     torch.manual_seed(args.seed)
-    if args.arch == "mlp":
-        generator = mlp([args.latent_dim, *args.hidden, c * h * w], norm=True)
-        generator = nn.Sequential(generator, nn.Unflatten(1, data.shape))
-        discriminator = mlp([c * h * w, *reversed(args.hidden), 1], leak=0.2, dropout=args.dropout)
-        discriminator = he(nn.Sequential(nn.Flatten(), discriminator, nn.Flatten(0)))
-    else:
-        generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
+    generator, discriminator = make_networks(args, data.shape)
     generator_ema = copy.deepcopy(generator)
     networks = nn.ModuleDict({
         "generator": generator, "discriminator": discriminator, "generator_ema": generator_ema,
@@ -124,16 +143,17 @@ def main(args):
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        losses = {}  # loss_g keeps its value from one step of the generator to the next
         for i, (x, labels) in enumerate(data.batches(args.batch_size, args.translate)):
-            generator_too = i % args.d_steps == 0
-            losses |= train_step(x, generator_too, args, generator, discriminator, opt_g, opt_d)
-            if generator_too:
-                update_average(generator_ema, generator, args.ema, log.step // args.d_steps)
-            log.add(losses)
+            update_generator = i % args.d_steps == 0
+            losses = train_step(x, update_generator, args, generator, discriminator, opt_g, opt_d)
+            if update_generator:
+                update_average(generator_ema, generator, args.ema, step // args.d_steps)
+            step += 1
+            log.add(step, losses)
         samples = sample(generator_ema, z_fixed)
         save_grid(args, "samples", samples)
         save_grid(args, "progress", log.progress(samples), 10)

@@ -6,33 +6,37 @@
 
 Kingma, Welling: Auto-encoding variational Bayes, 2014, arXiv 1312.6114.
 
-An encoder gives mu and logvar of q(z|x) = N(mu, sigma^2); a decoder gives the pixels of p(x|z). Both
-minimise, per image and averaged over the batch, the negative evidence lower bound
+An encoder gives mu and logvar of q(z|x) = N(mu, sigma^2), a decoder the pixels of p(x|z). Both minimise,
+per image and averaged over the batch, the negative evidence lower bound (ELBO)
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x))
     loss_recon = -log p(x|z), z = mu + sigma * epsilon
     loss_kl    = KL(q(z|x) || p(z)), p(z) = N(0, I)
 
---arch pixelcnn is the PixelVAE (Gulrajani, Kumar, Ahmed, Ali Taiga, Visin, Vazquez, Courville: PixelVAE:
-a latent variable model for natural images, 2017, arXiv 1611.05013): a pixel depends on z and on the
-pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
+--arch pixelcnn is the PixelVAE of Gulrajani, Kumar, Ahmed, Ali Taiga, Visin, Vazquez, Courville, 2017, arXiv
+1611.05013: a pixel depends on z and on the pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
 
-Differences from the paper, beside what common.py says:
-- layers of 512 and 256 units with ReLU and batch norm (the paper: 500 with tanh), with --arch conv those of
-  vaegan.py; torch's initial weights (N(0, 0.01)), no weight decay; batches of 128 (100), a rate that falls;
-- grey levels in [0, 1] count as Bernoulli means unless --binarize draws pixels from them;
-- PixelVAE: one stack of masked convolutions (gated ones, in a vertical and a horizontal stack), blind to some
-  pixels to the upper right; pixels drawn anew in each batch (once for all).
+    Differences        here                                     in the papers or their code
+      layers           512, 256; ReLU, batch norm (or conv)     one of 500; tanh
+      first weights    torch's                                  from N(0, 0.01)
+      training         Adam at 3e-3, decaying to zero           Adagrad, weight decay
+      batches          of 128 images                            of 100
+      pixels           Bernoulli means unless --binarize        binary
+      PixelVAE: z      added after the first convolution        joined to the image, or in all gates
+        convolutions   five, residual, ReLU; a blind spot       gated; two stacks without a blind spot
+        other layers   encoder of two; batch norm               encoder of eight; weight norm
+        training       2e-3, decaying; 2 epochs of warm-up      1e-3; 20 epochs of warm-up
+        binary pixels  drawn in each batch                      drawn once for all
 
     python vae.py --epochs 10
     python vae.py --latent-dim 2 --epochs 20
 
 Files: vae.csv, vae.pt, vae_*.png: samples, progress, interpolation, reconstructions, traversal; with two
-latent dimensions manifold, latent. Columns of vae.csv beside epoch, step, seconds of training, in nats:
+latent dimensions manifold, latent. The columns of vae.csv, besides epoch, step and seconds of training:
 
-    loss, loss_recon, loss_kl              means since the row before
-    test_neg_elbo, test_recon, test_kl     of the test set, with beta = 1, after each epoch
-    fd ...                                 after each epoch, with --score: see README.md
+    loss, loss_recon, loss_kl              means since the previous row, in nats per image
+    test_neg_elbo, test_recon, test_kl     the same of the test set, with beta = 1, at the end of each epoch
+    fd ...                                 at the end of each epoch, with --score: see README.md
 """
 
 import math
@@ -48,23 +52,47 @@ from common import (
     interpolate, make_optimizer, predict, to_device, traverse,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    fail, parse, shared_flags,
+    fail, nonnegative_float, parse, positive_int, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=128, lr=3e-3, latent_dim=20)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[512, 256], help="mlp layers; the decoder's are reversed")
+    add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp",
+        help="networks; conv changes the defaults to --batch-size 32 --latent-dim 8, pixelcnn to "
+        "--batch-size 64 --latent-dim 16 --lr 2e-3 --kl-warmup 2 --binarize")
+    add("--hidden", type=positive_int, nargs="+", default=[512, 256],
+        help="mlp: the encoder's layers, reversed in the decoder")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
-    add("--recon", choices=["bce", "mse"], default="bce", help="p(x|z) is Bernoulli, or N(., 1/2)")
-    add("--binarize", action="store_true", help="draw binary pixels: anew per batch, once for testing")
-    add("--beta", type=float, default=1.0, help="weight of the KL divergence")
-    add("--kl-warmup", type=float, default=0.0, help="epochs in which this weight rises from 0 to --beta")
-    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: it falls to zero")
-    pixelcnn = "--batch-size 64 --latent-dim 16 --lr 2e-3 --kl-warmup 2 --binarize"
-    return parse(parser, argv, {"--arch conv": "--batch-size 32 --latent-dim 8", "--arch pixelcnn": pixelcnn})
+    add("--recon", choices=["bce", "mse"], default="bce", help="cross-entropy, or mse: squared error")
+    add("--binarize", action="store_true", help="draw binary pixels, new ones for each training batch")
+    add("--beta", type=nonnegative_float, default=1.0, help="weight of the KL divergence")
+    add("--kl-warmup", type=nonnegative_float, default=0.0, help="epochs over which beta rises from 0")
+    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: decays to zero")
+    arch = parser.parse_known_args(argv)[0].arch
+    if arch == "conv":
+        parser.set_defaults(batch_size=32, latent_dim=8)
+    if arch == "pixelcnn":
+        parser.set_defaults(batch_size=64, latent_dim=16, lr=2e-3, kl_warmup=2.0, binarize=True)
+    return parse(parser, argv)
+
+
+def make_networks(args, shape):
+    """Encoder: x (B, C, H, W) -> mu, logvar (B, 2 latent_dim); decoder: z (B, latent_dim) -> logits of x."""
+    c, h, w = shape
+    norm = args.norm == "batch"
+    if args.arch == "mlp":
+        encoder = nn.Sequential(nn.Flatten(), mlp([c * h * w, *args.hidden, 2 * args.latent_dim], norm))
+        decoder = mlp([args.latent_dim, *reversed(args.hidden), c * h * w], norm)
+        decoder = nn.Sequential(decoder, nn.Unflatten(1, shape))
+    else:
+        encoder = conv_encoder(shape, args.width, 2 * args.latent_dim, norm)
+        make_decoder = PixelCNN if args.arch == "pixelcnn" else conv_decoder
+        decoder = make_decoder(shape, args.width, args.latent_dim, norm)
+    if args.arch == "pixelcnn" and (c > 1 or args.recon == "mse"):
+        fail("--arch pixelcnn draws binary pixels: use grey images and --recon bce")
+    return encoder, decoder
 
 
 def posterior(output):
@@ -89,10 +117,10 @@ def decode(decoder, z, x):
 def train_step(x, beta, args, encoder, decoder, opt):
     """An update of both networks on x (B, C, H, W); returns detached scalars for the CSV."""
     # Encoder and decoder: minimise -log p(x|z) + beta KL(q(z|x) || p(z))
-    q, p = posterior(encoder(x)), Normal(0.0, 1.0)
+    q, prior = posterior(encoder(x)), Normal(0.0, 1.0)
     logits = decode(decoder, q.rsample(), x)
     loss_recon = reconstruction_loss(logits, x, args.recon).mean()
-    loss_kl = kl_divergence(q, p).sum(1).mean()
+    loss_kl = kl_divergence(q, prior).sum(1).mean()
     loss = loss_recon + beta * loss_kl
     opt.zero_grad()
     loss.backward()
@@ -108,17 +136,16 @@ def evaluate(data, args, encoder, decoder):
     encoder.eval()
     decoder.eval()
     torch.manual_seed(args.seed)
-    p = Normal(0.0, 1.0)
+    prior = Normal(0.0, 1.0)
     batches = []
     for x, labels in data.test_batches(args.binarize):
         q = posterior(encoder(x))
         recon = reconstruction_loss(decode(decoder, q.sample(), x), x, args.recon)
-        kl = kl_divergence(q, p).sum(1)
+        kl = kl_divergence(q, prior).sum(1)
         batches.append(torch.stack([recon + kl, recon, kl]))
     encoder.train(training)
     decoder.train(training)
-    names = ["test_neg_elbo", "test_recon", "test_kl"]
-    return dict(zip(names, torch.cat(batches, 1).mean(1).tolist()))
+    return dict(zip(["test_neg_elbo", "test_recon", "test_kl"], torch.cat(batches, 1).mean(1).tolist()))
 
 
 def sample(decoder, z):
@@ -127,7 +154,7 @@ def sample(decoder, z):
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution that sees, of rows read like a text, the pixels before its own; "B" its own too."""
+    """A convolution that sees only earlier pixels in reading order; of kind "B" also the current one."""
 
     def __init__(self, kind, c_in, c_out, size):
         super().__init__(c_in, c_out, size, padding=size // 2)
@@ -174,19 +201,8 @@ class PixelCNN(nn.Module):
 
 def main(args):
     data = load_data(args)
-    c, h, w = data.shape
-    if args.arch == "pixelcnn" and (c > 1 or args.recon == "mse"):
-        fail("--arch pixelcnn draws binary pixels: of grey images, with --recon bce")
     torch.manual_seed(args.seed)
-    norm = args.norm == "batch"
-    if args.arch == "mlp":
-        encoder = nn.Sequential(nn.Flatten(), mlp([c * h * w, *args.hidden, 2 * args.latent_dim], norm))
-        decoder = mlp([args.latent_dim, *reversed(args.hidden), c * h * w], norm)
-        decoder = nn.Sequential(decoder, nn.Unflatten(1, data.shape))
-    else:
-        encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim, norm)
-        make_decoder = PixelCNN if args.arch == "pixelcnn" else conv_decoder
-        decoder = make_decoder(data.shape, args.width, args.latent_dim, norm)
+    encoder, decoder = make_networks(args, data.shape)
     networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     to_device(networks, args.device)
     opt = make_optimizer(args, networks, args.lr)
@@ -201,18 +217,22 @@ def main(args):
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    steps_per_epoch = len(data.x_train) // args.batch_size
+    step = done * steps_per_epoch
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             if args.lr_schedule == "linear":
-                opt.param_groups[0]["lr"] = args.lr * (1 - log.step / (args.epochs * log.steps_per_epoch))
+                opt.param_groups[0]["lr"] = args.lr * (1 - step / (args.epochs * steps_per_epoch))
             if args.binarize:
                 x = torch.bernoulli(x)
             beta = args.beta
-            if log.step < args.kl_warmup * log.steps_per_epoch:
-                beta *= log.step / (args.kl_warmup * log.steps_per_epoch)
-            log.add(train_step(x, beta, args, encoder, decoder, opt))
+            if step < args.kl_warmup * steps_per_epoch:
+                beta *= step / (args.kl_warmup * steps_per_epoch)
+            losses = train_step(x, beta, args, encoder, decoder, opt)
+            step += 1
+            log.add(step, losses)
         samples = sample(decoder, z_fixed)
         save_grid(args, "samples", samples)
         save_grid(args, "progress", log.progress(samples), 10)

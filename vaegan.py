@@ -7,9 +7,9 @@
 Larsen, Sonderby, Larochelle, Winther: Autoencoding beyond pixels using a learned similarity metric,
 2016, arXiv 1512.09300.
 
-A VAE whose decoder is also a GAN's generator. Images are compared in the discriminator's features f
-instead of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ p(z) =
-N(0, I), per image and averaged over the batch:
+A VAE whose decoder is also a GAN's generator. Images are compared in the discriminator's features f instead
+of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ p(z) = N(0, I), per
+image and averaged over the batch:
 
     loss_kl       = KL(q(z|x) || p(z))
     loss_features = 1/2 ||f(x) - f(x_recon)||^2            (-log N(f(x) | f(x_recon), I) + constant)
@@ -20,25 +20,35 @@ N(0, I), per image and averaged over the batch:
     encoder        minimises  beta * loss_kl + loss_features
     decoder        minimises  loss_g
 
-Differences from the paper, beside what common.py says:
-- 8 latent dimensions for 28 x 28 digits (the paper: 128 for 64 x 64 faces); no batch norm in the
-  discriminator, which learns more slowly than the other two (--lr-d);
-- beta (the paper: 1), the variance of the Gaussian around f(x_recon): the features' scale is arbitrary, and
-  with it the balance of the encoder's two losses; gamma depends on it likewise;
-- -log D in loss_g (the paper: log(1 - D)); reconstructions and samples pass the decoder in one batch;
-- Adam at 4e-3, batches of 32 (RMSprop at 3e-4, batches of 64); the encoder of the pictures is an average too.
+    Differences        here                                     in the paper or its code
+      networks         for 28 x 28: two or three layers each    for 64 x 64: three or four layers each
+                       way, 16 to 64 channels                   way, 32 to 256 channels
+      z                8 dimensions                             128 dimensions
+      images           in [0, 1]                                in [-1, 1]
+      discriminator    no batch norm, He initialisation         batch norm
+      features         of its last convolution but one          of its last convolution
+      beta             8: the variance of the Gaussian around   1
+                       f(x_recon); features have any scale
+      gamma            0.01 (it depends on that scale, too)     1e-5, and 1 - gamma for the other losses
+      -log D           in loss_g                                log(1 - D)
+      optimiser        Adam with betas of 0.5 and 0.999         RMSprop
+      learning rates   4e-3, the discriminator's 8e-4           3e-4 for all, decaying in the code
+      updates          all three, with each batch               in the code not of a network far ahead
+      batches          of 32 images                             of 64
+      pictures         of averaged weights; their decay is      of the last weights
+                       min(--ema, (1 + t) / (10 + t)) at step t
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --data cifar10 --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5  # for colour
 
-Files: vaegan.csv, vaegan.pt, vaegan_*.png: samples, progress, interpolation, reconstructions, traversal.
-Columns of vaegan.csv beside epoch, step, seconds of training, as means since the row before:
+Files: vaegan.csv, vaegan.pt, vaegan_*.png: samples, progress, interpolation, reconstructions, traversal. The
+columns of vaegan.csv, besides epoch, step and seconds of training, are means since the previous row:
 
     loss_d                     3 log 2 = 2.08 at chance
     d_real, d_recon, d_fake    D(x), D(x_recon), D(x_fake)
     loss_kl                    nats
     loss_features, loss_g
-    fd ...                     after each epoch, with --score: see README.md
+    fd ...                     at the end of each epoch, with --score: see README.md
 """
 
 import copy
@@ -54,18 +64,27 @@ from common import (
     interpolate, make_optimizer, predict, to_device, traverse, update_average,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    nonnegative_float, parse, positive_float, share, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=4e-3, latent_dim=8)
     add = parser.add_argument
-    add("--beta", type=float, default=8.0, help="weight of the KL divergence")
-    add("--gamma", type=float, default=0.01, help="weight of the feature error in the decoder's loss")
-    add("--lr-d", type=float, default=0.2, help="the discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
+    add("--beta", type=nonnegative_float, default=8.0, help="weight of the KL divergence")
+    add("--gamma", type=nonnegative_float, default=0.01, help="weight of the features in the decoder's loss")
+    add("--lr-d", type=positive_float, default=0.2, help="discriminator's learning rate, as a factor of --lr")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
     return parse(parser, argv)
+
+
+def make_networks(args, shape):
+    """Encoder: x (B, C, H, W) -> mu and logvar (B, 2 latent_dim); decoder: z (B, latent_dim) -> logits
+    (B, C, H, W); discriminator: x (B, C, H, W) -> logits (B,), in two parts, head(features(x))."""
+    encoder = conv_encoder(shape, args.width, 2 * args.latent_dim)
+    decoder = conv_decoder(shape, args.width, args.latent_dim)
+    discriminator = conv_discriminator(shape, args.width, hidden=[4 * args.width])
+    return encoder, decoder, discriminator
 
 
 def posterior(output):
@@ -76,20 +95,23 @@ def posterior(output):
 
 def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """An update of the three networks on x (B, C, H, W); returns detached scalars for the CSV."""
-    q, p = posterior(encoder(x)), Normal(0.0, 1.0)
+    q, prior = posterior(encoder(x)), Normal(0.0, 1.0)
     z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # in one batch: batch norm then sees both kinds
     x_recon, x_fake = decoder(z).sigmoid().chunk(2)
     f_real, f_recon = discriminator.features(x), discriminator.features(x_recon)
     d_real, d_recon = discriminator.head(f_real), discriminator.head(f_recon)
     d_fake = discriminator(x_fake)
-    loss_kl = kl_divergence(q, p).sum(1).mean()
+    loss_kl = kl_divergence(q, prior).sum(1).mean()
     loss_features = (f_real - f_recon).square().flatten(1).sum(1).mean() / 2
+
+    # The losses share one graph: backward(inputs=...) gives each network the gradients of its own loss alone,
+    # and all gradients are computed before any network is updated, as in the paper.
 
     # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
     # From logits d: -log D = softplus(-d)
     loss_d = (F.softplus(-d_real) + F.softplus(d_recon) + F.softplus(d_fake)).mean()
     opt_d.zero_grad()
-    loss_d.backward(inputs=list(discriminator.parameters()), retain_graph=True)  # gradients of it alone
+    loss_d.backward(inputs=list(discriminator.parameters()), retain_graph=True)
 
     # (2) Encoder: minimise beta KL + feature error; no adversarial gradient reaches it
     loss_e = args.beta * loss_kl + loss_features
@@ -101,7 +123,6 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     opt_g.zero_grad()
     loss_g.backward(inputs=list(decoder.parameters()))
 
-    # As in the paper: no network answers a change of another within the step
     for optimizer in (opt_d, opt_e, opt_g):
         optimizer.step()
     losses = {
@@ -120,9 +141,7 @@ def sample(decoder, z):
 def main(args):
     data = load_data(args)
     torch.manual_seed(args.seed)
-    encoder = conv_encoder(data.shape, args.width, 2 * args.latent_dim)
-    decoder = conv_decoder(data.shape, args.width, args.latent_dim)
-    discriminator = conv_discriminator(data.shape, args.width, hidden=[4 * args.width])
+    encoder, decoder, discriminator = make_networks(args, data.shape)
     encoder_ema, decoder_ema = copy.deepcopy(encoder), copy.deepcopy(decoder)
     networks = nn.ModuleDict({
         "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
@@ -143,14 +162,16 @@ def main(args):
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)
-            update_average(encoder_ema, encoder, args.ema, log.step)
-            update_average(decoder_ema, decoder, args.ema, log.step)
-            log.add(losses)
+            update_average(encoder_ema, encoder, args.ema, step)
+            update_average(decoder_ema, decoder, args.ema, step)
+            step += 1
+            log.add(step, losses)
         samples = sample(decoder_ema, z_fixed)
         save_grid(args, "samples", samples)
         save_grid(args, "progress", log.progress(samples), 10)

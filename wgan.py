@@ -7,8 +7,8 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-The critic gives a number, not a probability: of all functions of slope at most 1, the one that tells real
-from generated images best measures their Wasserstein distance. Averaged over the batch:
+The critic gives a number, not a probability. Among functions of slope at most 1, take the one with the
+largest gap between real and generated images: the gap is their Wasserstein distance. Averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
@@ -17,27 +17,37 @@ from generated images best measures their Wasserstein distance. Averaged over th
     loss_g      = -critic(x_fake)
 
     critic         minimises  loss_d, with every batch
-    generator      minimises  loss_g, with every --n-critic-th batch
+    generator      minimises  loss_g, with one of --n-critic batches
 
-Differences from the papers, beside what common.py says:
-- the convolutional critic has a hidden layer (none), and no normalisation unless --norm batch (clip: batch
-  norm; gp: none or layer norm); noise in 10 dimensions, enough for digits (clip: 100, gp: 128);
-- gp: learning rates of 3e-3 and, for the critic, 7.5e-4 (1e-4 for both), batches of 32 (64);
-- clip: weights in [-0.1, 0.1] ([-0.01, 0.01], for wider networks scaled by batch norm), RMSprop at 2e-3 and,
-  for the critic, 5e-5 (5e-5 for both), batches of 32 (64).
+    Differences        here                                     in the papers or their code
+      networks         16 to 64 channels; a hidden layer in     64 channels and more; no hidden layer
+                       the critic
+      batch norm       in the generator                         clip: in both; gp: for digits in neither
+      first weights    critic: He's; generator: torch's         clip: N(0, 0.02^2); gp: much as He's
+      noise            10 dimensions                            clip: 100; gp: 128
+      optimiser        clip: RMSprop; gp: Adam, betas 0, 0.9    the same; gp's code: 0.5, 0.9
+      learning rates   clip: 2e-3, the critic's 5e-5            clip: 5e-5 for both
+                       gp: 3e-3, the critic's 7.5e-4            gp: 1e-4 for both
+      weights          clip: within 0.1                         within 0.01
+      batches          of 32 images                             of 64
+      generator steps  on the first of --n-critic batches (in   after the last of them; clip's code: at
+                       the others its batch norm moves, too)    times after a hundred
+      generated        one batch for both networks              a new one for the generator
+      samples          of averaged weights; their decay is      of the last weights
+                       min(--ema, (1 + t) / (10 + t)) at step t
+
+With --norm batch the penalty is no longer one of each image, since batch norm mixes the images of a batch.
 
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip
-    python wgan.py --lr 1e-4 --lr-d 1
-    python wgan.py --lipschitz clip --clip 0.01 --norm batch --lr 5e-5 --lr-d 1
 
-Files: wgan.csv, wgan.pt, wgan_*.png: samples, progress, interpolation. Columns of wgan.csv beside epoch,
-step, seconds of training, as means since the row before:
+Files: wgan.csv, wgan.pt, wgan_*.png: samples, progress, interpolation. The columns of wgan.csv, besides
+epoch, step and seconds of training, are means since the previous row:
 
     loss_d, loss_g
     wasserstein       the estimated distance, times the critic's slope
     penalty           0 with clip
-    fd ...            after each epoch, with --score: see README.md
+    fd ...            at the end of each epoch, with --score: see README.md
 """
 
 import copy
@@ -51,23 +61,42 @@ from common import (
     interpolate, make_optimizer, predict, to_device, update_average,
     load_classifier, score,
     Log, load_checkpoint, save_checkpoint, save_grid, save_images,
-    parse, shared_flags,
+    nonnegative_float, parse, positive_float, positive_int, share, shared_flags,
 )
 
 
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=10)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
-    add("--hidden", type=int, nargs="+", default=[128, 256, 512], help="mlp layers of G; D's are reversed")
-    add("--lipschitz", choices=["clip", "gp"], default="gp", help="clipped weights, or a gradient penalty")
-    add("--clip", type=float, default=0.1, help="clip: largest weight of the critic")
-    add("--gp-weight", type=float, default=10.0, help="gp: weight of the gradient penalty")
-    add("--n-critic", type=int, default=5, help="critic steps per generator step")
-    add("--norm", choices=["batch", "none"], default="none", help="normalisation in the critic: none with gp")
-    add("--lr-d", type=float, default=0.25, help="the critic's learning rate, as a factor of --lr")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights; 0: no averaging")
-    return parse(parser, argv, {"--lipschitz clip": "--opt rmsprop --lr 2e-3 --lr-d 0.025"})
+    add("--arch", choices=["mlp", "conv"], default="conv", help="networks")
+    add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
+        help="mlp: the generator's layers, reversed in the critic")
+    add("--lipschitz", choices=["clip", "gp"], default="gp",
+        help="how; clip changes the defaults to --opt rmsprop --lr 2e-3 --lr-d 0.025")
+    add("--clip", type=positive_float, default=0.1, help="clip: largest weight of the critic")
+    add("--gp-weight", type=nonnegative_float, default=10.0, help="gp: weight of the gradient penalty")
+    add("--n-critic", type=positive_int, default=5, help="critic steps per generator step")
+    add("--norm", choices=["batch", "none"], default="none",
+        help="normalisation in the critic; batch: the gradient penalty is then not one per image")
+    add("--lr-d", type=positive_float, default=0.25, help="critic's learning rate, as a factor of --lr")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    if parser.parse_known_args(argv)[0].lipschitz == "clip":
+        parser.set_defaults(opt="rmsprop", lr=2e-3, lr_d=0.025)
+    return parse(parser, argv)
+
+
+def make_networks(args, shape):
+    """Generator: z (B, latent_dim) -> logits (B, C, H, W); critic: x (B, C, H, W) -> numbers (B,)."""
+    c, h, w = shape
+    if args.arch == "mlp":
+        generator = mlp([args.latent_dim, *args.hidden, c * h * w], norm=True)
+        generator = nn.Sequential(generator, nn.Unflatten(1, shape))
+        critic = mlp([c * h * w, *reversed(args.hidden), 1], args.norm == "batch", leak=0.2)
+        critic = he(nn.Sequential(nn.Flatten(), critic, nn.Flatten(0)))
+    else:
+        generator = conv_decoder(shape, args.width, args.latent_dim)
+        critic = conv_discriminator(shape, args.width, [16 * args.width], args.norm == "batch")
+    return generator, critic
 
 
 def gradient_penalty(critic, x, x_fake):
@@ -78,7 +107,7 @@ def gradient_penalty(critic, x, x_fake):
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
+def train_step(x, update_generator, args, generator, critic, opt_g, opt_d):
     """An update of both networks, or of the critic alone, on x (B, C, H, W); returns detached scalars."""
     # (1) Critic: maximise critic(x) - critic(x_fake), with a bounded slope
     z = torch.randn(len(x), args.latent_dim, device=x.device)
@@ -97,10 +126,10 @@ def train_step(x, generator_too, args, generator, critic, opt_g, opt_d):
     losses = {"loss_d": loss_d, "wasserstein": wasserstein, "penalty": penalty}
 
     # (2) Generator: maximise critic(x_fake)
-    if generator_too:
+    if update_generator:
         loss_g = -critic(x_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward(inputs=list(generator.parameters()))  # the gradients of this network alone
+        loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}
@@ -113,17 +142,8 @@ def sample(generator, z):
 
 def main(args):
     data = load_data(args)
-    c, h, w = data.shape
     torch.manual_seed(args.seed)
-    norm = args.norm == "batch"
-    if args.arch == "mlp":
-        generator = mlp([args.latent_dim, *args.hidden, c * h * w], norm=True)
-        generator = nn.Sequential(generator, nn.Unflatten(1, data.shape))
-        critic = mlp([c * h * w, *reversed(args.hidden), 1], norm, leak=0.2)
-        critic = he(nn.Sequential(nn.Flatten(), critic, nn.Flatten(0)))
-    else:
-        generator = conv_decoder(data.shape, args.width, args.latent_dim)
-        critic = conv_discriminator(data.shape, args.width, [16 * args.width], norm)
+    generator, critic = make_networks(args, data.shape)
     generator_ema = copy.deepcopy(generator)
     networks = nn.ModuleDict({
         "generator": generator, "critic": critic, "generator_ema": generator_ema,
@@ -141,16 +161,17 @@ def main(args):
         return networks.eval()
     classifier = load_classifier(args, data) if args.score else None
 
+    step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
         log.start_epoch(epoch)
-        losses = {}  # loss_g keeps its value from one step of the generator to the next
         for i, (x, labels) in enumerate(data.batches(args.batch_size, args.translate)):
-            generator_too = i % args.n_critic == 0
-            losses |= train_step(x, generator_too, args, generator, critic, opt_g, opt_d)
-            if generator_too:
-                update_average(generator_ema, generator, args.ema, log.step // args.n_critic)
-            log.add(losses)
+            update_generator = i % args.n_critic == 0
+            losses = train_step(x, update_generator, args, generator, critic, opt_g, opt_d)
+            if update_generator:
+                update_average(generator_ema, generator, args.ema, step // args.n_critic)
+            step += 1
+            log.add(step, losses)
         samples = sample(generator_ema, z_fixed)
         save_grid(args, "samples", samples)
         save_grid(args, "progress", log.progress(samples), 10)

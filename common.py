@@ -1,7 +1,6 @@
 """What the seven scripts share: data, networks, a few lines of maths, the score, the files, the flags.
 
-Images are float tensors (B, C, H, W) in [0, 1] everywhere outside a network; networks return logits. A data
-set is one uint8 tensor on the training device.
+Images are float tensors (B, C, H, W) in [0, 1] wherever the scripts pass them on; networks return logits.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def shift(x, fraction):
 
 def load_data(args, conditional=False):
     """The data set that --data names, on --device; sets args.data to what was loaded, for --resume."""
-    if args.generate is not None:  # only the shape and the classes are needed
+    if args.generate is not None:  # only shape and classes matter
         saved = read_checkpoint(args.out, args.name)["data"]
         empty = torch.empty(0, *saved["shape"], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         return Data(empty, empty, saved["classes"])
@@ -75,8 +74,7 @@ def load_data(args, conditional=False):
             train, test, classes = load_folder(Path(name), args.image_size)
     except Exception as error:  # of many kinds
         hint = f"; MNIST's four files belong into {args.data_dir}/MNIST/raw" if name == "mnist" else ""
-        found = [*args.data_dir.glob("*ubyte*"), *args.data_dir.glob("MNIST/**/*ubyte*")]
-        if args.data != "auto" or found:
+        if args.data != "auto" or [*args.data_dir.glob("*ubyte*"), *args.data_dir.glob("MNIST/**/*ubyte*")]:
             fail(f"--data {args.data}: {error}{hint}")
         print(f"MNIST was not found, nor could it be downloaded: training on synthetic digits{hint}")
         name = "synthetic"
@@ -90,7 +88,7 @@ def load_data(args, conditional=False):
     if conditional and missing and name != "synthetic":  # a dry run draws few
         fail(f"--data {name}: class {classes[min(missing)]} needs ten pictures, or its own in FOLDER/test")
     if len(train[0]) < args.batch_size:
-        fail(f"--data {name}: its {len(train[0])} training images are fewer than --batch-size; lower it")
+        fail(f"--data {name}: {len(train[0])} training images do not fill a batch; lower --batch-size")
     args.data, parts = name, []
     for (x, y), n in ((train, 2 * args.batch_size), (test, 200)):
         n = n if args.dry_run else len(x)
@@ -137,7 +135,7 @@ def load_folder(folder, size):
         except Exception as error:  # of many kinds
             unread.append(f"{path}: {error}")
     if unread:
-        print(f"Left out {len(unread)} pictures that cannot be read, the first is {unread[0]}")
+        print(f"Left out {len(unread)} unreadable pictures, the first is {unread[0]}")
     for pictures in (train, test):
         pictures = [(images[path], y) for path, y in pictures if path in images]
         if not pictures:
@@ -164,6 +162,8 @@ def list_pictures(folder, classes=None):
             pictures.append((path, y))
             if len(inside) > 2:
                 raise ValueError(f"{path} lies too deep; point --data at one of the folders in {folder}")
+            if path.endswith("_progress.png"):
+                raise ValueError(f"{path} was drawn by a run; move its files elsewhere")
     return pictures, names
 
 
@@ -247,13 +247,13 @@ def conv_decoder(shape, width, latent_dim, norm=True):
 
 def conv_discriminator(shape, width, hidden=(), norm=False):
     """(B, C, H, W) in [0, 1] -> logits (B,): strided convolutions, linear layers of the sizes `hidden`.
-    In two parts, head(features(x)); features (B, C', H', W') are those of the last convolution but one."""
+    In two parts, head(features(x)); features are the output of the last convolution but one."""
     channels, side = halvings(shape[1], width)
     features = halve(shape[0], channels[0], norm=False)  # Radford et al. 2016: never in the first
     for c_in, c_out in zip(channels, channels[1:]):
         features += halve(c_in, c_out, norm)
     last, pixels = 2 * channels[-1], ((side + 1) // 2) ** 2
-    head = [features[-1], *halve(channels[-1], last, norm), nn.Flatten()]  # their activation
+    head = [features[-1], *halve(channels[-1], last, norm), nn.Flatten()]  # first, their activation
     head += [mlp([last * pixels, *hidden, 1], leak=0.2), nn.Flatten(0)]
     network = nn.Sequential()
     network.features, network.head = nn.Sequential(*features[:-1]), nn.Sequential(*head)
@@ -303,7 +303,7 @@ def make_optimizer(args, network, lr, betas=(0.9, 0.999)):
 @torch.no_grad()
 def update_average(averaged, network, decay, step):
     """Move the weights and batch statistics of `averaged` towards those of `network` by 1 - decay."""
-    decay = min(decay, (1 + step) / (10 + step))  # early in a run: of about a tenth of it
+    decay = min(decay, (1 + step) / (10 + step))  # early: of a tenth of the run
     for a, b in zip(averaged.state_dict().values(), network.state_dict().values()):
         if a.is_floating_point():  # all but batch norm's count of batches
             a.lerp_(b, 1 - decay)
@@ -468,7 +468,7 @@ def check_finite(step, values):
     """End the run with status 1 if one of `values`, a dict of numbers or tensors, is not finite."""
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite at step {step}: diverged, a smaller --lr may help", status=1)
+            fail(f"{name} is not finite at step {step}: try a smaller --lr", status=1)
 
 
 def save_grid(args, what, images, columns=8):
@@ -537,7 +537,7 @@ def load_checkpoint(args, data, parts):
     except (KeyError, RuntimeError):
         fail("the checkpoint has other networks: leave out flags like --width")
     if args.resume:
-        print(f"{done} of {args.epochs} epochs done, on {saved['images']} images; now {len(data.x_train)}")
+        print(f"{done} of {args.epochs} epochs done; images: {saved['images']}, now {len(data.x_train)}")
     return done
 
 
@@ -583,7 +583,7 @@ def shared_flags(file, doc, *, batch_size, lr, latent_dim):
     add("--data-dir", type=Path, default=script.parent / "data", help="where data sets are kept")
     add("--image-size", type=within(8, kind=int), default=none, help="side in pixels (default: up to 64)")
     add("--translate", type=share, default=0.0, help="shift images by up to this fraction of a side")
-    add("--out", type=Path, default=script.parent, help="where files go (--dry-run: into dry-run/)")
+    add("--out", type=Path, default=script.parent, help="where files go (--dry-run: in dry-run/)")
     add("--log-every", type=positive_int, default=100, help="steps per row of the CSV")
     add("--score", action="store_true", help="after each epoch, score 10,000 samples (see README.md)")
     add("--dry-run", action="store_true", help="two steps on a small slice, then all the files")
@@ -603,10 +603,10 @@ def parse(parser, argv=None):
     args.out, args.data_dir = out, args.data_dir.expanduser()
     args.epochs = 1 if args.dry_run else args.epochs
     if args.image_size and args.image_size % 4:
-        parser.error(f"--image-size {args.image_size}: must be a multiple of 4")
+        parser.error("--image-size must be a multiple of 4")
     named = args.data.lower() in ("auto", "synthetic", *TORCHVISION)
     if not named and out.resolve().is_relative_to(Path(args.data).expanduser().resolve()):
-        parser.error(f"--out {out} lies in --data: the run would read its own pictures; try --out ../run")
+        parser.error(f"--out {out} lies in --data: a run would read its own pictures; try --out ../run")
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"

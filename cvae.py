@@ -176,7 +176,7 @@ def main(args):
             step += 1
             log.add(step, losses)
         samples = sample(decoder, z_fixed, y_fixed)
-        save_grid(args, "samples", samples, 10)  # a row per class, a column per z
+        save_grid(args, "samples", samples, 10)  # a row per class
         save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))  # its diagonal
         z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]
         # Eight walks from z to z with the label held, eight from label to label with z held

@@ -618,12 +618,12 @@ class DataSets(Case):
             "vae --data deep": "point --data at one of the folders in", "vae --data missing": "No such file",
             "vae --data other": "must have the classes of the training set",
             "vae --data few": "9 pictures are too few, it takes ten", "cgan --data flat": "one class",
-            "vae --data flat --batch-size 99": "90 training images are fewer", "cvae --data poor": "class c needs ten",
+            "vae --data flat --batch-size 99": "90 training images do not fill", "cvae --data poor": "class c needs ten",
         })
         self.assertEqual(len(self.read("poor")[0].x_train), 28)  # a VAE does not look at labels
         data, printed = self.read("broken")
         self.assertEqual(len(data.x_train) + len(data.x_test), 29)
-        self.assertRegex(printed, "Left out 1 pictures that cannot be read, the first is .*09.png")
+        self.assertRegex(printed, "Left out 1 unreadable pictures, the first is .*09.png")
 
     @mock.patch("urllib.request.urlopen", side_effect=OSError("no network"))
     def test_mnist_from_files(self, _):

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 
 import common
 
@@ -34,7 +33,7 @@ ALL = ["vae", "cvae", "gan", "cgan", "dcgan", "wgan", "vaegan"]
 NAMED = [name for name in ALL if {name, f"{name}.py"} & {*sys.argv[1:]}]
 SCRIPTS = NAMED or [name for name in ALL if (HERE / f"{name}.py").exists()]
 FIRST = SCRIPTS[0]
-DOCUMENTS = [*HERE.glob("README.md"), *sorted((HERE / "assets").glob("*.md"))]
+DOCUMENTS = [*HERE.glob("README.md"), *HERE.glob("assets/reports.md"), *HERE.glob("assets/mistakes.md")]
 TEXT = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 whole = unittest.skipUnless(SCRIPTS == ALL and TEXT, "of the whole collection")
 KINDS = [*ALL, "vae --arch conv", "vae --arch pixelcnn", "cvae --arch conv", "gan --arch conv",
@@ -48,8 +47,7 @@ def make_pictures(folder, classes, n, size=(8, 8), mode="L"):
     for i in range(n):
         path = Path(folder, classes[i % len(classes)], f"{i:02}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        bands = [Image.effect_noise(size, 50) for _ in mode]
-        Image.merge(mode, bands).save(path)
+        Image.merge(mode, [Image.effect_noise(size, 50) for _ in mode]).save(path)
 
 
 make_pictures(PICTURES / "train", "ab", 27)
@@ -58,12 +56,11 @@ make_pictures(COLOUR, "abc", 30, mode="RGB")
 
 
 def read_images(paths):
-    return torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
+    return torch.stack([common.v2.functional.pil_to_tensor(Image.open(path)) for path in paths]) / 255
 
 
 @functools.cache
 def pictures(part):
-    """Images (N, 1, 8, 8), one-hot labels (N, 2) of the folder "train" or "test"."""
     paths = sorted(Path(PICTURES, part).glob("*/*.png"))
     y = torch.tensor([path.parent.name == "b" for path in paths]).long()
     return read_images(paths), F.one_hot(y, 2).float()
@@ -90,8 +87,7 @@ class Run:
         self.script, *flags = command.split()
         self.module, self.labels = importlib.import_module(self.script), self.script in ("cvae", "cgan")
         self.steps, self.drawn, self.scored, self.grids = [], [], [], {}
-        flags = [f"--data={PICTURES}", f"--out={out}", *TINY.split(), *flags]
-        self.args = self.module.parse_args(flags)
+        self.args = self.module.parse_args([f"--data={PICTURES}", f"--out={out}", *TINY.split(), *flags])
         score = mock.create_autospec(common.score, return_value={"fd": 7})
         patches = {
             "train_step": listen(self.module.train_step, self.steps, lambda call: during(self, call)),
@@ -111,14 +107,10 @@ class Run:
 
     def call(self, what, epoch=-1):
         """The call of sample() whose result is the grid `what`."""
-        x = self.grids[what][epoch]
-        x = x[1::2] if what == "reconstructions" else x
-        alike = [call for call in self.drawn if torch.equal(call["result"], x)]
-        assert alike, f"{what} does not show what sample() returned"
-        return alike[-1]
+        x = self.grids[what][epoch][1::2] if what == "reconstructions" else self.grids[what][epoch]
+        return [call for call in self.drawn if call["result"].equal(x)][-1]
 
     def network(self, *names):
-        """The network of one of these names, averaged over training if it is."""
         names = [f"{name}_ema" for name in names] + [*names]
         return next(self.networks[name] for name in names if name in self.networks)
 
@@ -141,7 +133,7 @@ def load(command):
 
 
 def trained(call):
-    """The names of the networks whose weights each optimiser of a train_step() has."""
+    """Of each optimiser in a call of train_step(): the networks whose weights it has."""
     found = {name: [] for name in call if name.startswith("opt")}
     for name, names in found.items():
         ids = {id(weight) for group in call[name].param_groups for weight in group["params"]}
@@ -177,7 +169,6 @@ class Case(unittest.TestCase):
             self.fail(f"{words}: differs by up to {by.max():.2g}")
 
     def find(self, x, part, words):
-        """The indices of images x in the folder "train" or "test"."""
         found = [[image.equal(x_i) for image in pictures(part)[0]] for x_i in x]
         if not all(map(any, found)):
             self.fail(f"{words}: an image is none of the {part} set, in [0, 1]")
@@ -193,11 +184,8 @@ class Case(unittest.TestCase):
                     self.assertEqual(end.exception.code, status)
 
 
-class Formulas(Case):
-    """Two steps of plain gradient descent: by train_step(), and by the formulas here."""
-
+class Formulas(Case):  # two steps of plain gradient descent by train_step(), and by the formulas
     def descend(self, loss, *networks):
-        """A step of the networks' weights that minimises `loss`, averaged over the batch."""
         weights = [weight for network in networks for weight in network.parameters()]
         gradients = torch.autograd.grad(loss.mean(), weights, retain_graph=True)
         for weight, gradient in zip(weights, gradients):
@@ -210,7 +198,7 @@ class Formulas(Case):
 
     def elbo(self, args, x, y, encoder, decoder):
         z, kl = self.encode(encoder, x, *y)
-        logits = decoder(z, x) if args.arch == "pixelcnn" else decoder(z, *y)
+        logits = decoder(z, x) if "pixelcnn" in vars(args).values() else decoder(z, *y)
         p = torch.distributions.Bernoulli(logits=logits, validate_args=False)
         if "mse" in vars(args).values():
             p = torch.distributions.Normal(logits.sigmoid(), 0.5**0.5)
@@ -225,7 +213,7 @@ class Formulas(Case):
     cvae = vae
 
     def gan(self, args, x, y, generator, discriminator):
-        logits = generator(torch.randn(2, args.latent_dim), *y)
+        logits = generator(torch.randn(len(x), args.latent_dim), *y)
         x_fake = logits.sigmoid()
         if args.name == "dcgan":  # both kinds of images in [-1, 1]
             x, x_fake = 2 * x - 1, logits.tanh()
@@ -242,13 +230,12 @@ class Formulas(Case):
     cgan = dcgan = gan
 
     def wgan(self, args, x, y, generator, critic):
-        x_fake = generator(torch.randn(2, args.latent_dim)).sigmoid()
+        x_fake = generator(torch.randn(len(x), args.latent_dim)).sigmoid()
         wasserstein, penalty = critic(x) - critic(x_fake), torch.zeros(())
         if args.lipschitz == "gp":
-            epsilon = torch.rand(2, 1, 1, 1)
+            epsilon = torch.rand(len(x), 1, 1, 1)
             x_hat = (epsilon * x_fake + (1 - epsilon) * x).detach().requires_grad_()
-            total = critic(x_hat).sum()
-            (slope,) = torch.autograd.grad(total, x_hat, create_graph=True)
+            (slope,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
             penalty = (slope.square().sum((1, 2, 3)).sqrt() - 1).square()
         loss_d = -wasserstein + args.gp_weight * penalty
         self.descend(loss_d, critic)
@@ -260,8 +247,7 @@ class Formulas(Case):
 
     def vaegan(self, args, x, y, encoder, decoder, discriminator):
         z, kl = self.encode(encoder, x)
-        both = decoder(torch.cat([z, torch.randn_like(z)])).sigmoid()
-        x_recon, x_fake = both.chunk(2)
+        x_recon, x_fake = decoder(torch.cat([z, torch.randn_like(z)])).sigmoid().chunk(2)
         real, recon, fake = (discriminator(images) for images in (x, x_recon, x_fake))
         features = discriminator.features(x) - discriminator.features(x_recon)
         features = features.square().flatten(1).sum(1) / 2
@@ -270,8 +256,8 @@ class Formulas(Case):
         self.descend(args.beta * kl + features, encoder)
         self.descend(loss_g, decoder)
         self.descend(loss_d, discriminator)
-        losses = {"loss_d": loss_d, "loss_g": loss_g, "loss_kl": kl, "loss_features": features}
-        return {**losses, "d_real": real.sigmoid(), "d_recon": recon.sigmoid(), "d_fake": fake.sigmoid()}
+        return {"loss_d": loss_d, "loss_g": loss_g, "loss_kl": kl, "loss_features": features,
+                "d_real": real.sigmoid(), "d_recon": recon.sigmoid(), "d_fake": fake.sigmoid()}
 
     @each(*KINDS, "vae --beta 3 --recon mse", "cvae --beta 3", "gan --loss minimax",
           "wgan --gp-weight 3", "wgan --lipschitz clip --clip 0.02", "vaegan --gamma 0.1 --beta 3")
@@ -288,7 +274,8 @@ class Formulas(Case):
             if len(opts) > 1 and len(names) > 1:
                 self.fail(f"{opt} updates {' and '.join(names)}, it should update one of them")
             opts[opt] = torch.optim.SGD(nn.ModuleList(theirs[name] for name in names).parameters(), 0.01)
-        given = {**given, **theirs, **opts, "x": given["x"].double()}
+        batch = {key: torch.cat([step[key] for step in run.steps[:4]]) for key in "xy" if key in given}
+        given = {**given, **theirs, **opts, **batch, "x": batch["x"].double()}
         given = {name: given[name] for name in inspect.signature(run.module.train_step).parameters}
         y = [given["y"]] if run.labels else []
         torch.set_default_dtype(torch.double)
@@ -303,20 +290,16 @@ class Formulas(Case):
 
     def compare(self, words, losses, expected, old, theirs, ours):
         for name in losses.keys() & expected.keys():
-            value, total = losses[name], expected[name].sum().item()
-            mean = expected[name].mean().item()
+            value, by_hand = losses[name], expected[name].detach()
             self.assertFalse(value.requires_grad, f"{words}: {name} is not detached")
-            if mean != total and abs(value.item() - total) < 1e-6:
-                self.fail(f"{words}: {name} is a sum over the batch, not a mean")
-            self.same(value, mean, f"{words}: {name} is not the formula's")
+            hint = " (a sum over the batch?)" if value.isclose(by_hand.sum()) else ""
+            self.same(value, by_hand.mean(), f"{words}: {name} is not the formula's{hint}")
         for name in theirs:
             new, by_hand, was = (list(n[name].parameters()) for n in (theirs, ours, old))
-            if all(map(torch.equal, new, was)):
-                self.fail(f"{words}: the {name} does not learn")
+            self.assertFalse(all(map(torch.equal, new, was)), f"{words}: the {name} does not learn")
             by = max((a - b).abs().max().item() for a, b in zip(new, by_hand))
-            if by > 1e-9:
-                hint = "; the first is right: zero_grad()?" if "second" in words else ""
-                self.fail(f"{words} of the {name}: its weights are not the formula's, by {by:.2g}{hint}")
+            hint = "; the first is right: zero_grad()?" if "second" in words else ""
+            self.assertLess(by, 1e-9, f"{words} of the {name}: its weights are not the formula's{hint}")
 
     @each("vae --recon mse --beta 3", "cvae", "vae --binarize --latent-dim 2", "cvae --binarize")
     def test_negative_elbo_of_the_test_set(self, run):
@@ -344,7 +327,6 @@ class Training(Case):
         orders = [self.find(images, "train", "training") for images in x]
         self.assertEqual([len({*order}) for order in orders], [26] * 4, "an image comes twice")
         self.assertEqual(len({(*order,) for order in orders}), 4, "the order is the same again")
-        self.assertFalse(run.call("samples")["z"].equal(other.call("samples")["z"]), "--seed")
         if run.labels:
             y = torch.cat([step["y"] for step in steps[0]])
             self.same(y, pictures("train")[1][orders[0]], "labels are not those of the images")
@@ -359,28 +341,23 @@ class Training(Case):
             self.assertTrue(int(row["epoch"]) == math.ceil(done / 13) and len(part) < 3)
             for name in losses[0]:
                 values = [step[name] for step in part if name in step]
-                cell = [float(row[name])] if row[name] else []
                 mean = [torch.stack(values).mean()] if values else []
-                self.same(cell, mean, f"CSV: {name} is not the mean")
-            for name in {*row} - {*losses[0], "epoch", "step", "seconds"}:
-                self.assertEqual(row[name] > "", done % 13 == 0, f"{name}: at epochs' ends")
+                self.same([float(cell) for cell in [row[name]] if cell], mean, f"CSV: mean of {name}")
 
     @whole
     @each(*ALL, "wgan --lipschitz clip", "vae --lr-schedule constant", "gan --lr-d 2 --ema 0.5")
     def test_optimizers_and_schedules(self, run):
-        betas = {"vae": (0.9, 0.999), "cvae": (0.9, 0.999), "wgan": (0.0, 0.9)}
-        betas |= {"vaegan": (0.5, 0.999), "wgan --lipschitz clip": None}  # RMSprop
-        lr, lr_d = run.args.lr, vars(run.args).get("lr_d")
-        rates = {"opt": lr if "constant" in run.command else lr / 39}
+        betas = {"vae": (0.9, 0.999), "cvae": (0.9, 0.999), "wgan": (0.0, 0.9), "vaegan": (0.5, 0.999)}
+        betas = {**betas, "wgan --lipschitz clip": None}.get(run.command, betas.get(run.script, (0.0, 0.99)))
+        lr, lr_d = run.args.lr, vars(run.args).get("lr_d", 1)
+        rates = {"opt": lr if "constant" in run.command else lr / 39, "opt_d": lr * lr_d}
         for name in trained(run.steps[-1]):
             (group,) = run.steps[-1][name].param_groups
-            rate = lr * lr_d if name == "opt_d" else rates.get(name, lr)
-            self.same(group["lr"], rate, f"learning rate of {name}", 1e-9)
-            known = betas.get(run.command, betas.get(run.script, (0.0, 0.99)))
-            self.assertEqual(group.get("betas"), known)
+            self.same(group["lr"], rates.get(name, lr), f"learning rate of {name}", 1e-9)
+            self.assertEqual(group.get("betas"), betas)
         if run.command == "vae":
-            rising = [step["beta"] for step in tiny_run("vae --beta 4 --kl-warmup 2").steps]
-            self.same(rising, [4 * i / 26 for i in range(26)] + [4.0] * 13, "beta")
+            beta = [step["beta"] for step in tiny_run("vae --beta 4 --kl-warmup 2").steps]
+            self.same(beta, [4 * min(1, i / 26) for i in range(39)], "beta")
 
     @each("gan --d-steps 3 --ema 0.4", "cgan", "dcgan", "wgan", "wgan --n-critic 2", "vaegan", "gan --ema 0")
     def test_turns_and_averaged_weights(self, run):
@@ -412,7 +389,7 @@ class Pictures(Case):
         for name in known & {*run.grids} if "pixelcnn" not in run.command else ():
             call = run.call(name)
             self.same(call["result"], run.draw(call), f"{name}: not drawn by the saved network")
-        row = slice(0, 20, 11) if run.labels else slice(10)
+        row = slice(0, 20, 11) if run.labels else slice(10)  # of labels: the diagonal
         rows = torch.cat([images[row] for images in run.grids["samples"]])
         self.same(run.grids["progress"][-1], rows, "progress: each epoch's samples", 1 / 255)
 
@@ -433,39 +410,33 @@ class Pictures(Case):
             t = torch.arange(6)[:, None] / 5
             return torch.cat([start + (end - start) * t for start, end in zip(a, b)])
         z, walk = run.call("samples")["z"], run.call("interpolation")
-        for epoch in range(3):
-            self.same(run.call("samples", epoch)["z"], z, "each epoch draws from other noise", 0)
-        if z.mean().abs() + (z.std() - 1).abs() > 0.4:
-            self.fail(f"noise of mean {z.mean():.2f} and deviation {z.std():.2f} is not N(0, I)")
+        self.same(run.call("samples", 0)["z"], z, "each epoch draws from other noise", 0)
+        self.assertLess(z.mean().abs() + (z.std() - 1).abs(), 0.4, "noise is not N(0, I)")
         if not run.labels:
             return self.same(walk["z"], walks(z[:16], z[1:17]), "noise of the interpolation")
         y = torch.eye(2)
         self.same(run.call("samples")["y"], y.repeat_interleave(10, 0), "a row per class")
         self.same(z[:10], z[10:], "the same noise down a column")
-        y = y.repeat(5, 1)[:9]
-        expected = torch.cat([walks(z[:8], z[1:9]), walks(z[:8], z[:8])])
-        self.same(walk["z"], expected, "noise of the interpolation")
-        expected = torch.cat([walks(y[:8], y[:8]), walks(y[:8], y[1:])])
-        self.same(walk["y"], expected, "labels of the interpolation")
+        y, z = y.repeat(5, 1)[:9], z[:9]
+        z = torch.cat([walks(z[:8], z[1:]), walks(z[:8], z[:8])])
+        y = torch.cat([walks(y[:8], y[:8]), walks(y[:8], y[1:])])
+        self.same(walk["z"], z, "noise of the interpolation")
+        self.same(walk["y"], y, "labels of the interpolation")
 
     @each("vae", "vae --arch conv", "cvae", "vaegan")
     def test_codes(self, run):
-        (x, y), recon = pictures("test"), run.call("reconstructions")
-        traversal, shown = run.call("traversal"), run.grids["reconstructions"][-1][::2]
-        which = self.find(shown, "test", "reconstructions")
-        encoder = run.network("encoder")
-        codes = (encoder(x, y) if run.labels else encoder(x)).detach().chunk(2, 1)[0]
+        (x, y), recon, traversal = pictures("test"), run.call("reconstructions"), run.call("traversal")
+        which = self.find(run.grids["reconstructions"][-1][::2], "test", "reconstructions")
+        codes = run.network("encoder")(*[x, y][: 1 + run.labels]).detach().chunk(2, 1)[0]
         dims = codes[which].var(0).argsort(descending=True)[:10]  # those that vary most
         z = codes[which[:1]].repeat(len(dims), 10, 1)
         for i, dim in enumerate(dims):
             z[i, :, dim] = torch.arange(10) * 6 / 9 - 3
         self.same(recon["z"], codes[which], "reconstructions: z is not the mean of q(z|x)")
         self.same(traversal["z"], z.flatten(0, 1), "traversal: z")
-        if run.labels:
-            self.same(recon["y"], y[which], "reconstructions: labels")
-            self.same(traversal["y"], y[which[:1]].repeat(len(z) * 10, 1), "traversal: labels")
-    @each(*[f"{script} --epochs 1 --seed 1 --score" for script in ALL],
-          "vae --arch pixelcnn --epochs 1 --score")
+        self.same(recon.get("y", y[which]), y[which], "reconstructions: labels")
+
+    @each(*[f"{kind} --epochs 1 --seed 1 --score" for kind in [*ALL, "vae --arch pixelcnn"]])
     def test_scores_are_of_the_network_that_draws(self, run):
         (scored,), call = run.scored, run.drawn[-1]
         pixelcnn, z = "pixelcnn" in run.command, call["z"]
@@ -473,17 +444,16 @@ class Pictures(Case):
         self.assertEqual(len(z), 1_000 if pixelcnn else 10_000)
         self.assertLess(z.mean().abs() + (z.std() - 1).abs(), 0.1, "noise is not N(0, I)")
         self.assertEqual(scored.get("binarize", False), pixelcnn)
-        self.assertEqual([row["fd"] for row in run.rows], [""] * 6 + ["7"])
+        self.assertEqual(run.rows[-1]["fd"], "7", "scores in the CSV")
         if not pixelcnn:
             self.same(call["result"], run.draw(call), "scored samples are of another network")
         if run.labels:
-            self.same(call["y"], F.one_hot(scored["labels"]), "labels of the scored samples")
             self.same(scored["labels"], torch.arange(10_000) % 2, "labels given to score()")
+            self.same(call["y"], F.one_hot(scored["labels"]), "labels of the scored samples")
 
     @each(*ALL)
     def test_generate(self, run):
-        wrong = AssertionError("--generate reads the data")
-        with mock.patch("common.load_folder", side_effect=wrong):
+        with mock.patch("common.load_folder", side_effect=AssertionError("it reads the data")):
             (call,) = Run(f"{run.script} --generate 6", run.out).drawn
             loaded = Run(f"{run.script} --generate 0", run.out).networks
         paths = sorted(run.out.rglob("00*.png"), key=lambda path: path.name)
@@ -492,8 +462,8 @@ class Pictures(Case):
             self.same(call["y"], torch.eye(2).repeat(3, 1), "labels of generated samples")
         self.same(read_images(paths), run.draw(call), "generated PNG files", 0.51 / 255)
         self.assertLess(call["z"].min(), -0.5, "noise of generated samples")
-        for key, value in loaded.state_dict().items():
-            self.same(value, run.networks.state_dict()[key], f"{key} of the checkpoint", 0)
+        for a, b in zip(loaded.state_dict().values(), run.networks.state_dict().values()):
+            self.same(a, b, "weights of the checkpoint", 0)
         self.assertFalse(any(m.training for m in loaded.modules()), "main() returns eval mode")
 
     @each(*[f"{script} --data {COLOUR} --epochs 1" for script in ALL])
@@ -507,13 +477,12 @@ class Resuming(Case):
         def stop(stopped, call):
             if len(stopped.steps) == 14:  # in the second epoch
                 raise KeyboardInterrupt
-        with tempfile.TemporaryDirectory() as out:
-            with self.assertRaises(KeyboardInterrupt):
-                Run(run.command, out, stop)
-            resumed = Run(f"{run.script} --resume", out)
+        out = tempfile.mkdtemp(dir=".")
+        with self.assertRaises(KeyboardInterrupt):
+            Run(run.command, out, stop)
+        resumed = Run(f"{run.script} --resume", out)
         self.assertEqual(resumed.files, run.files, "a resumed run ends otherwise")
-        seconds = [float(row["seconds"]) for row in resumed.rows]
-        self.assertEqual(seconds, sorted(seconds), "the seconds begin again")
+        self.assertGreater(float(resumed.rows[-1]["seconds"]), float(resumed.rows[6]["seconds"]))
 
     def test_bad_input(self):
         Path(f"{FIRST}.pt").write_bytes(b"no checkpoint")
@@ -521,49 +490,47 @@ class Resuming(Case):
                  "--translate 1": "not in [0, 1)", "--batch-size 1": "in [2", "--image-size 30": "multiple",
                  "--device meta": "--device", f"--out {FIRST}.pt": "--out", "--resume": "no checkpoint of",
                  "--resume --generate 1": "not allowed with", "--data . --out run": "lies in --data"}
-        self.check_fails({f"{FIRST} {flags}": message for flags, message in cases.items()})
+        self.check_fails({f"{FIRST} {flags}": words for flags, words in cases.items()})
         self.assertEqual(os.listdir(), [f"{FIRST}.pt"], "a refused run leaves files")
         Run(f"{FIRST} --epochs 1", "out")
-        make_pictures("other", "ac", 40)
         shutil.copy(f"out/{FIRST}.pt", "out/vaegan.pt")
+        make_pictures("other", "ac", 40)
+        make_pictures("few", [""], 9)
+        make_pictures("split/train", "ab", 4)
+        make_pictures("split/test", "bc", 4)
         cases = {"--generate 1 --latent-dim 3": "other networks", "--generate 1 --out .": "train first",
-                 "--resume --image-size 12": "another shape, (1, 8, 8)", "--resume --data other": "other classes"}
-        self.check_fails({f"{FIRST} --out out {flags}": text for flags, text in cases.items()})
+                 "--resume --image-size 12": "another shape", "--resume --data other": "other classes",
+                 "--data few": "9 pictures are too few", "--data split": "must have the classes of"}
+        self.check_fails({f"{FIRST} --out out {flags}": words for flags, words in cases.items()})
         self.check_fails({"vaegan --generate 1 --out out": "it is of"})
 
     @each(*ALL)
     def test_what_is_not_finite_ends_a_run_and_is_not_saved(self, run):
         def spoil(spoilt, call):
             if len(spoilt.steps) == 25:  # the last of the second epoch: no loss will tell
-                name = next(iter(call["before"]))
-                next(call[name].parameters()).data.fill_(math.nan)
+                next(call[next(iter(call["before"]))].parameters()).data.fill_(math.nan)
         spoilt = functools.partial(Run, out="out", during=spoil)
         self.check_fails({run.script: "is not finite at step 26"}, 1, spoilt)
-        path = f"out/{run.script}.pt"
-        self.assertEqual(torch.load(path)["epoch"], 1, "weights that are not finite are saved")
-        self.assertIn("\n2,24,", Path(f"out/{run.script}.csv").read_text())
+        self.assertEqual(torch.load(f"out/{run.script}.pt")["epoch"], 1, "it is saved")
 
 
 class Maths(Case):
     @whole
     def test_layers(self):
-        """C8x4: a convolution from 4 to 8 channels; l: leaky ReLU of slope 0.2; D: dropout of 0.3 ..."""
-        kinds = {nn.Linear: "L", nn.Conv2d: "C", nn.ConvTranspose2d: "T", nn.BatchNorm1d: "B", nn.ReLU: "R",
-                 nn.BatchNorm2d: "B", nn.LeakyReLU: "l", nn.Dropout: "D", nn.Flatten: "F", nn.Unflatten: "U"}
-        encoder, decoder = "C4x1 B4 l F L16x64", "L128x8 U B8 R T8x4 B4 R T4x1"
-        dcgan = "C4x1 l C8x4 B8 l F L1x32 F"
+        """B8: batch norm of 8; R: ReLU; l: leaky ReLU; D: dropout; 9: a layer with 9 outputs."""
+        kinds = {nn.BatchNorm1d: "B", nn.BatchNorm2d: "B", nn.ReLU: "R", nn.LeakyReLU: "l", nn.Dropout: "D",
+                 nn.Linear: "", nn.Conv2d: "", nn.ConvTranspose2d: ""}
+        encoder, decoder, critic = "4 B4 l 16", "128 B8 R 4 B4 R 1", "4 l 8 l 16 l 1"
         table = {
-            "vae --hidden 9 7": "F L9x64 B9 R L7x9 B7 R L16x7 L7x8 B7 R L9x7 B9 R L64x9 U",
-            "vae --arch conv": f"{encoder} {decoder}",
-            "vae --arch conv --norm none": "C4x1 l F L16x64 L128x8 U R T8x4 R T4x1",
-            "cvae --arch conv": "C4x3 B4 l F L16x64 L128x10 U B8 R T8x4 B4 R T4x1",
-            "gan --hidden 9 7 --dropout 0.3": "L9x8 B9 R L7x9 B7 R L64x7 U F L7x64 l D L9x7 l D L1x9 F",
-            "gan --arch conv": f"{decoder} C4x1 l C8x4 l F L16x32 l L1x16 F",
-            "cgan --hidden 9 --dropout 0.3": "L9x10 B9 R L64x9 U L9x66 l D L1x9 F",
-            "cgan --arch conv": f"L128x10 U B8 R T8x4 B4 R T4x1 C4x3{dcgan[4:]}",
-            "dcgan": f"{decoder} {dcgan}", "wgan": f"{decoder} C4x1 l C8x4 l F L64x32 l L1x64 F",
-            "wgan --arch mlp --hidden 9 --norm batch": "L9x8 B9 R L64x9 U F L9x64 B9 l L1x9 F",
-            "vaegan": f"{encoder} {decoder} C4x1 l C8x4 l F L16x32 l L1x16 F",
+            "vae --hidden 9 7": "9 B9 R 7 B7 R 16 7 B7 R 9 B9 R 64",
+            "vae --arch conv": f"{encoder} {decoder}", "cvae --arch conv": f"{encoder} {decoder}",
+            "vae --arch conv --norm none": "4 l 16 128 R 4 R 1",
+            "cvae --hidden 9 --norm none": "9 R 16 9 R 64", "gan --arch conv": f"{decoder} {critic}",
+            "gan --hidden 9 7 --dropout 0.3": "9 B9 R 7 B7 R 64 7 l D 9 l D 1",
+            "cgan --hidden 9 --dropout 0.3": "9 B9 R 64 9 l D 1", "dcgan": f"{decoder} 4 l 8 B8 l 1",
+            "cgan --arch conv": f"{decoder} 4 l 8 B8 l 1", "vaegan": f"{encoder} {decoder} {critic}",
+            "wgan": f"{decoder} 4 l 8 l 64 l 1", "wgan --norm batch": f"{decoder} 4 l 8 B8 l 64 l 1",
+            "wgan --arch mlp --hidden 9 --norm batch": "9 B9 R 64 9 B9 l 1",
         }
         for command, expected in table.items():
             module, args = load(f"{command} --latent-dim 8 --width 4")
@@ -571,20 +538,16 @@ class Maths(Case):
             for layer in nn.ModuleList(module.make_networks(args, (1, 8, 8), *labels)).modules():
                 rate = getattr(layer, "p", getattr(layer, "negative_slope", 0.2))
                 if type(layer) in kinds and rate in (0.2, 0.3):
-                    shape = getattr(layer, "weight", torch.ones(())).shape[:2]
-                    said.append(kinds[type(layer)] + "x".join(map(str, shape)))
+                    outputs = getattr(layer, "out_channels", getattr(layer, "out_features", ""))
+                    said.append(f"{kinds[type(layer)]}{getattr(layer, 'num_features', outputs)}")
             self.assertEqual(" ".join(said), expected, command)
-        for name, weight in tiny_run("dcgan").steps[0]["before"]["generator"].named_parameters():
-            if name.endswith("weight"):  # as in the paper's code
-                self.same([weight.mean(), weight.std()], [weight.dim() == 1, 0.02], name, 0.015)
 
     def test_networks(self):
-        layer = common.he(nn.Linear(400, 300))
-        self.same(layer.weight.std(), (2 / 1.04 / 400) ** 0.5, "he(): weights", 1e-3)
-        self.same(layer.bias, torch.zeros(300), "he(): biases", 0)
+        weight = common.he(nn.Linear(400, 300)).weight
+        self.same(weight.std(), (2 / 1.04 / 400) ** 0.5, "he(): weights", 1e-3)
         features = common.conv_discriminator((1, 16, 16), 4).features
         self.assertNotIsInstance(features[-1], nn.LeakyReLU, "features: before activation")
-        joined = common.Conditional(nn.Identity(), flat=True)(torch.zeros(1, 1, 20, 20), torch.eye(4)[:1])
+        joined = common.Conditional(nn.Identity(), True)(torch.zeros(1, 400), torch.eye(4)[:1])
         self.same(joined[0, -4:], [10.0, 0, 0, 0], "a flat label has the norm of a digit")
 
     @unittest.skipUnless("vae" in SCRIPTS, "of vae.py")
@@ -606,8 +569,7 @@ class Maths(Case):
         x, real = torch.rand(9, 1, 1, 3), torch.randint(256, (8, 1, 1, 3), dtype=torch.uint8)
         x[range(9), 0, 0, shown] += 1
         data, asked = common.Data((real, truth), (real, truth), list("abc")), (shown + 1) // 2
-        classifier = nn.Sequential(nn.Flatten(), nn.Identity())
-        scores = common.score(classifier, data, x, asked)
+        scores = common.score(nn.Sequential(nn.Flatten(), nn.Identity()), data, x, asked)
         f, g = x.flatten(1), real.flatten(1) / 255
         kl = 5 * math.log(5 / 9 * 8) + 2 * math.log(2 / 9 * 4) + 2 * math.log(2 / 9 * 8 / 5)
 
@@ -615,13 +577,13 @@ class Maths(Case):
             near = [sorted((c - d).norm() for d in centres)[3] for c in centres]
             inside = [any((p - c).norm() <= r for c, r in zip(centres, near)) for p in points]
             return sum(inside) / len(points)
-        expected = {"fd": common.fd(f, g), "classes": 3, "class_kl": kl / 9, "precision": covered(f, g),
-                    "recall": covered(g, f), "label_accuracy": (shown == asked).float().mean()}
+        expected = {"classes": 3, "class_kl": kl / 9, "precision": covered(f, g), "recall": covered(g, f),
+                    "fd": common.fd(f, g), "label_accuracy": (shown == asked).float().mean()}
         for name, value in expected.items():
             self.same(scores[name], value, f"score(): {name}")
-        f = torch.randn(100_000, 3)
-        g = torch.randn(100_000, 3) * torch.tensor([2.0, 3.0, 1.0]) + 1
-        self.assertAlmostEqual(common.fd(f, g), 3 + 1 + 4, delta=0.2)  # means, deviations
+        f, g = torch.randn(2, 100_000, 3)
+        fd = common.fd(f, g * torch.tensor([2.0, 3.0, 1.0]) + 1)
+        self.assertAlmostEqual(fd, 3 + 1 + 4, delta=0.2)  # of means, of deviations
 
     def test_classifier_learns_from_the_training_set(self):
         (x, y), (test, truth) = common.draw_digits(2000, 3), common.draw_digits(500, 4)
@@ -630,9 +592,8 @@ class Maths(Case):
             data = common.Data((x, (y + 1) % 10), (test, truth), list("0123456789"))
             with redirect_stdout(io.StringIO()):
                 network = common.load_classifier(mock.Mock(device="cpu", translate=0.1), data)
-            guess = common.predict(network, test / 255).argmax(1)
-            right = ((truth + 1) % 10 == guess).float().mean()
-            self.assertGreater(right, 0.7, "it does not know its training set's labels")
+            right = (truth + 1) % 10 == common.predict(network, test / 255).argmax(1)
+            self.assertGreater(right.float().mean(), 0.7, "it does not know its training set's labels")
 
 
 class DataSets(Case):
@@ -649,53 +610,32 @@ class DataSets(Case):
         flags = ("", "--translate 0.2", "--translate 0.2 --seed 1")
         plain, once, again = (self.read(PICTURES, flag).x_test for flag in flags)
         self.assertTrue(once.equal(again) and not once.equal(plain), "the shifted test set")
-        steps = Run(f"{FIRST} --translate 0.2 --epochs 1", "out").steps
-        with self.assertRaisesRegex(AssertionError, "none of the train", msg="--translate has no say"):
-            self.find(torch.cat([step["x"] for step in steps]), "train", "")
+        x = Run(f"{FIRST} --translate 0.2 --epochs 1", "out").steps[0]["x"]
+        moved = not any(x[0].equal(image) for image in pictures("train")[0])
+        self.assertTrue(moved, "--translate has no say")
 
     def test_folders(self):
-        make_pictures("d", ["9", "10", "11"], 24, (20, 16))
+        make_pictures("d", ["9", "10", "11"], 24, (20, 16))  # and smaller ones, of which one counts:
         for path in ("d/9/r.png", "d/r.png", "d/9/.r.png", "d/__MACOSX/r.png", "d/.r/r.png"):
             Path(path).parent.mkdir(exist_ok=True)
             Image.new("RGBA", (9, 9), (255, 0, 0, 128)).save(path)
         make_pictures("split/Train", "ba", 20)
         make_pictures("split/test", "ab", 4)
         Path("split/Train/a/01.png").write_bytes(b"no picture")
-        make_pictures("flat", [""], 12, (200, 100))
-        Image.new("L", (8, 8)).save("flat/00.png")
-        cases = {"~/d": (["10", "11", "9"], 23, 2, (3, 16, 16)), "split": (["a", "b"], 19, 4, (1, 8, 8)),
-                 "flat": (["flat"], 11, 1, (1, 64, 64))}
+        cases = {"~/d": (["10", "11", "9"], 23, 2, (3, 16, 16)), "split": (["a", "b"], 19, 4, (1, 8, 8))}
         for folder, expected in cases.items():
             with mock.patch.dict(os.environ, HOME=os.getcwd()):
                 data = self.read(folder)
-            found = data.classes, len(data.x_train), len(data.x_test), data.shape
-            self.assertEqual(found, expected)
-            left_out = "Left out 1 unreadable pictures, the first is" in self.printed.getvalue()
-            self.assertEqual(left_out, folder == "split")
-
-    def test_what_is_refused_and_why(self):
-        folders = {"deep/pictures/train": ("ab", 30), "other/train": ("ab", 30), "other/test": ("bc", 30),
-                   "poor": ("abc", 9), "flat": ([""], 99), "few": ([""], 9), "old": ([""], 30)}
-        for folder, (classes, n) in folders.items():
-            make_pictures(folder, classes, n)
-        make_pictures("poor", "ab", 24)
-        Path("old/00.png").rename("old/vae_progress.png")
-        cases = {"deep": "point --data at one of", "gone": "No such file", "few": "9 pictures are too few",
-                 "other": "must have the classes of", "old": "was drawn by a run"}
-        self.check_fails({f"{FIRST} --data {name}": message for name, message in cases.items()})
-        self.check_fails({"cgan --data flat": "one class", "cvae --data poor": "class c needs ten",
-                          "vae --data flat --batch-size 99": "do not fill a batch"})
+            self.assertEqual((data.classes, len(data.x_train), len(data.x_test), data.shape), expected)
+        self.assertIn("Left out 1 unreadable pictures, the first is", self.printed.getvalue())
 
     @mock.patch("urllib.request.urlopen", side_effect=OSError("no network"))
     def test_mnist(self, _):
         self.read("auto", "--dry-run")
         self.assertRegex(self.printed.getvalue(), "MNIST was not found.*synthetic digits.*none/MNIST/raw")
-        Path("none/MNIST/raw").mkdir(parents=True, exist_ok=True)
-        Path("none/MNIST/raw/t10k-images-idx3-ubyte").write_bytes(b"truncated")
-        self.check_fails({f"{FIRST} --data auto": "four files belong into none/MNIST/raw"})
-        x = torch.arange(32).view(2, 4, 4).byte()
-        digits = mock.Mock(data=x, targets=torch.tensor([0, 1]), classes=["0", "1"])
-        with mock.patch.dict(common.TORCHVISION, mnist=lambda *_, **__: digits):
+        x, y = torch.arange(32).view(2, 4, 4).byte(), torch.tensor([0, 1])
+        digits = mock.Mock(return_value=mock.Mock(data=x, targets=y, classes=["0", "1"]))
+        with mock.patch.dict(common.TORCHVISION, mnist=digits):
             self.same(self.read("MNIST").x_train, x[:, None], "MNIST is transposed")
 
 
@@ -706,15 +646,12 @@ class Documents(Case):
             done = subprocess.run(run, capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout + done.stderr)
             self.assertRegex(done.stdout, r"\nepoch 1/1  step 2/2  0:\d\d, 0:00 left  loss")
-            self.assertEqual(os.listdir("out"), ["dry-run"])
 
     @whole
     def test_documented_commands_are_understood(self):
         text = TEXT + "".join(importlib.import_module(script).__doc__ for script in ALL)
         start = r"(?:python |uv run |^\| `)(?!test_smoke|measure)"  # or a table's first cell
-        commands = re.findall(start + r"(\w+)\.py([^`\n|#]*)", text, re.M)
-        self.assertGreater(len(commands), 100)
-        for script, flags in commands:
+        for script, flags in re.findall(start + r"(\w+)\.py([^`\n|#]*)", text, re.M):
             load(script + re.sub(r"--resume|--generate \d+", "", flags))
 
     @whole
@@ -738,10 +675,9 @@ class Documents(Case):
 
 
 class Mistakes(Case):
-    """python test_smoke.py Mistakes: each of assets/mistakes is noticed, by the script's own tests."""
-
     @whole
     def test_mistakes_are_noticed(self):
+        """python test_smoke.py Mistakes: the tests of the script alone notice each, in words."""
         for patch in sorted((HERE / "assets/mistakes").glob("*.patch")):
             changed = re.search(r"^\+\+\+ b/(\w+)\.py", patch.read_text(encoding="utf-8"), re.M)[1]
             script = "gan" if changed == "common" else changed
@@ -749,17 +685,15 @@ class Mistakes(Case):
                 for name in (script, "common", "test_smoke"):
                     shutil.copy(HERE / f"{name}.py", folder)
                 subprocess.run(["git", "apply", patch], cwd=folder, check=True)
-                runs = [f"{script}.py", "--dry-run", "--data=synthetic"], ["test_smoke.py"]
-                good, bad = (subprocess.run([sys.executable, *run], cwd=folder, capture_output=True, text=True)
-                             for run in runs)
-                self.assertEqual(good.returncode, 0, good.stderr)
-                said = re.findall(r"^AssertionError: (.*)", bad.stderr, re.M)
-                self.assertTrue(bad.returncode and said, f"{patch.name} is not noticed")
-                print(patch.name, said[0], sep=": ")
+                for flags in ([f"{script}.py", "--dry-run", "--data=synthetic"], ["test_smoke.py"]):
+                    run = [sys.executable, *flags]
+                    done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
+                    self.assertEqual(done.returncode, flags[0] == "test_smoke.py", done.stderr)
+                print(patch.name, *re.findall(r"^AssertionError: (.*)", done.stderr, re.M), sep="\n  ")
 
 
 if __name__ == "__main__":
-    others = [word for word in sys.argv[1:] if word.removesuffix(".py") not in ALL]
-    if not any(word[0] != "-" for word in others):
-        others += ["Formulas", "Training", "Pictures", "Resuming", "Maths", "DataSets", "Documents"]
-    unittest.main(argv=[sys.argv[0], *others], warnings="ignore")
+    words = [word for word in sys.argv if word.removesuffix(".py") not in ALL]
+    if not any(word[0] != "-" for word in words[1:]):
+        words += ["Formulas", "Training", "Pictures", "Resuming", "Maths", "DataSets", "Documents"]
+    unittest.main(argv=words, warnings="ignore")

@@ -129,7 +129,8 @@ def tiny_run(command):
 def load(command):
     script, *flags = command.split()
     module = importlib.import_module(script)
-    return module, module.parse_args(["--device=cpu", "--data-dir=none", "--data=synthetic", *flags])
+    flags = ["--device=cpu", "--data-dir=none", "--data=synthetic", "--out=.", *flags]
+    return module, module.parse_args(flags)
 
 
 def trained(call):

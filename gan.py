@@ -25,8 +25,8 @@ probability D that an image is real. Averaged over the batch:
       noise            normal                                   uniform
       optimiser        Adam with betas of 0 and 0.99            SGD with momentum
       training         4e-3, discriminator 1.2e-3; batch 64     0.1, decaying; batch 100
-      generator steps  on the first of --d-steps batches,       on the last of them
-                       from anew each epoch; batch norm on all
+      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --d-steps batches
+                       its batch norm moves with every batch
       generated        one batch for both networks              a new one for the generator
       samples          of averaged weights; their decay is      of the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t

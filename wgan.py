@@ -30,8 +30,8 @@ largest gap between real and generated images: the gap is their Wasserstein dist
                        gp: 3e-3, the critic's 7.5e-4            gp: 1e-4 for both
       weights          clip: within 0.1                         within 0.01
       batches          of 32 images                             of 64
-      generator steps  on the first of --n-critic batches,      on the last of them; clip's code: at
-                       from anew each epoch; batch norm on all  times of a hundred
+      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --n-critic batches (in
+                       its batch norm moves with every batch    clip's code at times of a hundred)
       generated        one batch for both networks              a new one for the generator
       samples          of averaged weights; their decay is      of the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t

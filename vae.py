@@ -17,10 +17,10 @@ per image and averaged over the batch, the negative evidence lower bound (ELBO)
 1611.05013: a pixel depends on z and on the pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
 
     Differences        here                                     in the papers or their code
-      layers           512, 256; ReLU, batch norm (or conv)     one of 500; tanh
+      layers           512, 256; ReLU, batch norm               one of 500; tanh
+      --arch conv      the networks of vaegan.py                fully connected ones
       first weights    torch's                                  from N(0, 0.01)
-      training         Adam at 3e-3, decaying to zero           Adagrad, weight decay
-      batches          of 128 images                            of 100
+      training         Adam at 3e-3, decaying; batches of 128   Adagrad, weight decay; batches of 100
       pixels           Bernoulli means unless --binarize        binary
       PixelVAE: z      added after the first convolution        joined to the image, or in all gates
         convolutions   five, residual, ReLU; a blind spot       gated; two stacks without a blind spot

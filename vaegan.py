@@ -33,7 +33,7 @@ image and averaged over the batch:
       -log D           in loss_g                                log(1 - D)
       optimiser        Adam with betas of 0.5 and 0.999         RMSprop
       learning rates   4e-3, the discriminator's 8e-4           3e-4 for all, decaying in the code
-      updates          all three, with each batch               in the code not of a network far ahead
+      updates          all three, with each batch               the code skips a network far ahead
       batches          of 32 images                             of 64
       pictures         of averaged weights; their decay is      of the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t

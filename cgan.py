@@ -6,8 +6,8 @@
 
 Mirza, Osindero: Conditional generative adversarial nets, 2014, arXiv 1411.1784.
 
-The GAN of gan.py, but both networks also get the label y as a one-hot vector: the generator with the noise,
-x_fake = generator(z, y), the discriminator with the image. Averaged over the batch:
+This is the GAN of gan.py, but both networks also get the label y as a one-hot vector: the generator with the
+noise, x_fake = generator(z, y), the discriminator with the image. The losses are averaged over the batch:
 
     loss_d = -log D(x, y) - log(1 - D(x_fake, y))
     loss_g = -log D(x_fake, y)
@@ -16,10 +16,10 @@ x_fake = generator(z, y), the discriminator with the image. Averaged over the ba
     generator      minimises  loss_g
 
     Differences        here                                     in the paper
-      generator        layers of 128, 256, 512; batch norm      200 for z and 1000 for y, then 1200; none
-      discriminator    512, 256, 128; leaky ReLU                240 for x and 50 for y, then 240; maxout
-      label            joins z as numbers; joins x as pixels    has a first layer of its own
-                       of a digit's norm or (conv) channels
+      generator        layers of 128, 256, 512; batch norm      200 (z), 1000 (y), then 1200; no batch norm
+      discriminator    layers of 512, 256, 128; leaky ReLU      240 (x), 50 (y), then 240; maxout units
+      label            joined to z as numbers; to x as pixels   has a first layer of its own
+                       with a digit's norm, or (conv) channels
       dropout          0.2 after the discriminator's layers     0.5 in both networks
       first weights    discriminator: He's; generator: torch's  not given
       noise            normal                                   uniform
@@ -27,8 +27,8 @@ x_fake = generator(z, y), the discriminator with the image. Averaged over the ba
       learning rates   4e-3, the discriminator's 1.2e-3         0.1 for both, decaying
       batches          of 64 images                             of 100
       loss_g           -log D                                   log(1 - D)
-      generated        one batch for both networks              a new one for the generator
-      samples          of averaged weights; their decay is      of the last weights
+      generated batch  the same for both networks               a new one for the generator
+      samples          from weights averaged with the decay     from the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t
       --arch conv      the layers of dcgan.py: a conditional    fully connected networks
                        DCGAN, but with images in [0, 1]
@@ -36,15 +36,15 @@ x_fake = generator(z, y), the discriminator with the image. Averaged over the ba
     python cgan.py --epochs 1
     python cgan.py --arch conv
 
-Files: cgan.csv, cgan.pt, cgan_*.png: samples (a row per class, the same z down a column), progress,
-interpolation (eight walks from z to z, eight from label to label). The columns of cgan.csv, besides epoch,
-step and seconds of training, are means since the previous row:
+A run writes cgan.csv, cgan.pt and cgan_*.png: samples (a row per class, the same z down a column), progress
+and interpolation (eight rows from z to z, eight from label to label). The CSV's columns are epoch, step,
+seconds (of training) and these means since the previous row:
 
-    loss_d     2 log 2 = 1.39 at chance
+    loss_d     2 log 2 = 1.39 at chance, when D is 1/2
     d_real     D(x, y)
     d_fake     D(x_fake, y)
     loss_g     log 2 = 0.69 at chance
-    fd ...     at the end of each epoch, with --score: see README.md
+    fd, ...    scores after each epoch, only with --score: see README.md
 """
 
 import copy
@@ -67,12 +67,12 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="networks; conv changes the defaults to --batch-size 32 --lr 1.4e-3 --lr-d 1")
+        help="kind of networks; conv changes the defaults to --batch-size 32 --lr 1.4e-3 --lr-d 1")
     add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
-        help="mlp: the generator's layers, reversed in the discriminator")
+        help="mlp: sizes of the generator's hidden layers; reversed in the discriminator")
     add("--dropout", type=share, default=0.2, help="mlp: dropout in the discriminator")
-    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    add("--lr-d", type=positive_float, default=0.3, help="the discriminator's learning rate is LR_D * LR")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: off")
     if parser.parse_known_args(argv)[0].arch == "conv":
         parser.set_defaults(batch_size=32, lr=1.4e-3, lr_d=1.0)
     return parse(parser, argv)
@@ -116,7 +116,7 @@ def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
 
 
 def sample(generator, z, y):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
     return predict(generator, z, y).sigmoid()
 
 
@@ -148,7 +148,7 @@ def main(args):
 
     step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, one_hot[labels], args, generator, discriminator, opt_g, opt_d)
@@ -156,10 +156,11 @@ def main(args):
             step += 1
             log.add(step, losses)
         samples = sample(generator_ema, z_fixed, y_fixed)
-        save_grid(args, "samples", samples, 10)  # a row per class
-        save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))  # its diagonal
+        # The samples have a row per class; the progress gets their diagonal, one sample of each class
+        save_grid(args, "samples", samples, 10)
+        save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))
         z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]
-        # Eight walks from z to z with the label held, eight from label to label with z held
+        # Eight walks from z to z with the label fixed, then eight from label to label with z fixed
         z_walk = torch.cat([interpolate(z[:8], z[1:]), z[:8].repeat_interleave(6, 0)])
         y_walk = torch.cat([y[:8].repeat_interleave(6, 0), interpolate(y[:8], y[1:])])
         save_grid(args, "interpolation", sample(generator_ema, z_walk, y_walk), 6)

@@ -1,7 +1,6 @@
 """What the seven scripts share: data, networks, a few lines of maths, the score, the files, the flags.
 
-Images are float tensors (B, C, H, W) in [0, 1] wherever the scripts pass them on; networks return logits.
-"""
+Images are tensors (B, C, H, W) in [0, 1], but dcgan.py's networks use [-1, 1]. Networks return logits."""
 
 import argparse
 import csv
@@ -27,14 +26,14 @@ TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, 
 
 # ----- Data ------------------------------------------------------------------------------------
 class Data:
-    """A data set on one device: `train` and `test` are images (N, C, H, W) uint8 with their labels (N,)."""
+    """A data set on one device. `train` and `test` are pairs of images (N, C, H, W) uint8 and labels (N,)."""
 
     def __init__(self, train, test, classes):
         (self.x_train, self.y_train), (self.x_test, self.y_test) = train, test
         self.classes, self.shape = classes, tuple(self.x_train.shape[1:])
 
     def batches(self, batch_size, translate=0.0):
-        """One epoch in a new random order, without the last partial batch: x (B, C, H, W), labels (B,)."""
+        """Yield x (B, C, H, W) and labels (B,): one epoch in a new random order, without a partial batch."""
         order = torch.randperm(len(self.x_train)).to(self.x_train.device)
         for index in order.split(batch_size)[: len(order) // batch_size]:
             x = shift(self.x_train[index], translate) if translate else self.x_train[index]
@@ -49,9 +48,9 @@ class Data:
 
 
 def shift(x, fraction):
-    """Shift each image of x (B, C, H, W) by whole pixels, up to `fraction` of its sides; black comes in."""
+    """Shift each image of x (B, C, H, W) by whole pixels, up to `fraction` of a side; gaps are black."""
     n, _, height, width = x.shape
-    down, right = int(fraction * height), int(fraction * width)  # at most
+    down, right = int(fraction * height), int(fraction * width)  # the largest shifts
     x = F.pad(x, (right, right, down, down))
     views = x.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 down + 1, 2 right + 1, H, W)
     rows, columns = torch.randint(2 * down + 1, (n,)), torch.randint(2 * right + 1, (n,))
@@ -60,8 +59,8 @@ def shift(x, fraction):
 
 
 def load_data(args, conditional=False):
-    """The data set that --data names, on --device; sets args.data to what was loaded, for --resume."""
-    if args.generate is not None:  # only shape and classes matter
+    """Load the data set that --data names onto --device; args.data becomes its name, for --resume."""
+    if args.generate is not None:  # only the shape and the classes matter
         saved = read_checkpoint(args.out, args.name)["data"]
         empty = torch.empty(0, *saved["shape"], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         return Data(empty, empty, saved["classes"])
@@ -72,11 +71,11 @@ def load_data(args, conditional=False):
         elif name != "synthetic":
             name = str(Path(args.data).expanduser().resolve())
             train, test, classes = load_folder(Path(name), args.image_size)
-    except Exception as error:  # of many kinds
-        hint = f"; MNIST's four files belong into {args.data_dir}/MNIST/raw" if name == "mnist" else ""
+    except Exception as error:
+        hint = f". Put MNIST's four files into {args.data_dir}/MNIST/raw" if name == "mnist" else ""
         if args.data != "auto" or [*args.data_dir.glob("*ubyte*"), *args.data_dir.glob("MNIST/**/*ubyte*")]:
             fail(f"--data {args.data}: {error}{hint}")
-        print(f"MNIST was not found, nor could it be downloaded: training on synthetic digits{hint}")
+        print(f"MNIST was not found and could not be downloaded: training on synthetic digits{hint}")
         name = "synthetic"
     if name == "synthetic":
         train = draw_digits(2 * args.batch_size if args.dry_run else 60_000, seed=1)
@@ -84,9 +83,9 @@ def load_data(args, conditional=False):
         classes = list("0123456789")
     missing = set(range(len(classes))) - (set(train[1].tolist()) & set(test[1].tolist()))
     if conditional and len(classes) == 1:
-        fail(f"--data {name}: only one class found; use FOLDER/CLASS/*.jpg")
-    if conditional and missing and name != "synthetic":  # a dry run draws few
-        fail(f"--data {name}: class {classes[min(missing)]} needs ten pictures, or its own in FOLDER/test")
+        fail(f"--data {name}: only one class was found; use FOLDER/CLASS/*.jpg")
+    if conditional and missing and name != "synthetic":  # a dry run draws only a few
+        fail(f"--data {name}: class {classes[min(missing)]} needs ten pictures, or some in train and in test")
     if len(train[0]) < args.batch_size:
         fail(f"--data {name}: {len(train[0])} training images do not fill a batch; lower --batch-size")
     args.data, parts = name, []
@@ -96,26 +95,27 @@ def load_data(args, conditional=False):
             x = torch.cat([v2.functional.resize(some, [args.image_size] * 2) for some in x[:n].split(5000)])
         parts.append((x[:n].to(args.device), y[:n].to(args.device)))
     data = Data(*parts, classes)
-    torch.manual_seed(0)  # every epoch and every run is measured on the same shifted images
+    # Every epoch and every run is measured on the same shifted images
+    torch.manual_seed(0)
     data.x_test = shift(data.x_test, args.translate)
     return data
 
 
 def load_torchvision(name, folder):
-    """Training and test set, each images (N, C, H, W) uint8 and labels (N,), and the names of the classes."""
+    """The training and the test set, each images (N, C, H, W) uint8 and labels (N,); the names of classes."""
     print(f"Looking for {name} in {folder}; what is missing is downloaded")
     parts = []
     for train in (True, False):
         part = TORCHVISION[name](folder, train, download=True)
         x = torch.as_tensor(part.data)  # (N, H, W) if grey, (N, H, W, C) if not
         x = x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2)
-        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() may leave strides
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() may keep the strides
         parts.append((x, torch.as_tensor(part.targets)))
     return *parts, part.classes
 
 
 def load_folder(folder, size):
-    """As load_torchvision(), of pictures in one of README's layouts: middle squares, grey if all are grey."""
+    """Like load_torchvision(), for a folder as README.md describes: middle squares, grey if all are grey."""
     folders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     train = [folders[name] for name in ("train", "training") if name in folders]
     test = [folders[n] for n in ("test", "testing", "val", "valid", "validation") if n in folders]
@@ -125,21 +125,21 @@ def load_folder(folder, size):
         test, _ = list_pictures(test[0], classes)
     else:
         train, classes = list_pictures(folder)
-        test = train[9::10]  # every tenth
+        test = train[9::10]  # every tenth picture
         del train[9::10]
     print(f"Reading {len(train) + len(test)} pictures from {folder}", flush=True)
     images, unread, parts = {}, [], []
     for path, _ in train + test:
         try:
             images[path] = load_picture(path, size or 64)
-        except Exception as error:  # of many kinds
+        except Exception as error:
             unread.append(f"{path}: {error}")
     if unread:
         print(f"Left out {len(unread)} unreadable pictures, the first is {unread[0]}")
     for pictures in (train, test):
         pictures = [(images[path], y) for path, y in pictures if path in images]
         if not pictures:
-            raise ValueError(f"{len(images)} pictures are too few, it takes ten")
+            raise ValueError(f"{len(images)} pictures are too few to train and test; use ten or more")
         random.Random(0).shuffle(pictures)  # a mixed order that is always the same
         side = size or max(8, statistics.median_low(image.width for image in images.values()) // 4 * 4)
         x = [v2.functional.pil_to_tensor(image.resize((side, side))) for image, _ in pictures]
@@ -150,7 +150,7 @@ def load_folder(folder, size):
 
 
 def list_pictures(folder, classes=None):
-    """(path, index of its class) of each picture in FOLDER/CLASS or, as class ".", in FOLDER; the classes."""
+    """List (path, index of the class) for each picture, and the classes: "." if there are no sub-folders."""
     hidden = (".", "__MACOSX")
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(hidden)) or ["."]
     if classes and names != classes:
@@ -163,14 +163,14 @@ def list_pictures(folder, classes=None):
             if len(inside) > 2:
                 raise ValueError(f"{path} lies too deep; point --data at one of the folders in {folder}")
             if path.endswith("_progress.png"):
-                raise ValueError(f"{path} was drawn by a run; move its files elsewhere")
+                raise ValueError(f"{path} was written by a run; move that run's files away")
     return pictures, names
 
 
 def load_picture(path, most):
-    """The middle square of a picture, at most `most` pixels a side: RGB, upright, transparency on white."""
+    """The middle square of a picture in RGB, at most `most` pixels a side, upright, on a white background."""
     with Image.open(path) as image:
-        image.draft(None, (2 * most, 2 * most))  # decode a large JPEG at a fraction
+        image.draft(None, (2 * most, 2 * most))  # decodes a large JPEG at a smaller size
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
             image = image.convert("I").point(lambda value: value / 257 + 0).convert("L")
@@ -181,7 +181,7 @@ def load_picture(path, most):
 
 
 def draw_digits(n, seed):
-    """n digits (n, 1, 28, 28) uint8 of a built-in font, warped, with thin and thick strokes; labels (n,)."""
+    """Draw n digits (n, 1, 28, 28) uint8 in a built-in font, thin or thick, and warp them; labels (n,)."""
     sheet, font = Image.new("L", (640, 64)), ImageFont.load_default(size=46)
     for i in range(10):
         ImageDraw.Draw(sheet).text((64 * i + 32, 32), str(i), fill=255, font=font, anchor="mm")
@@ -201,7 +201,7 @@ def draw_digits(n, seed):
 
 # ----- Networks --------------------------------------------------------------------------------
 def mlp(sizes, norm=False, leak=0.0, dropout=0.0):
-    """Linear layers of these sizes; after each but the last: batch norm, (leaky) ReLU, dropout."""
+    """Linear layers of these sizes; each but the last is followed by batch norm, (leaky) ReLU and dropout."""
     layers = []
     for n_in, n_out in zip(sizes[:-2], sizes[1:-1]):
         layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out) if norm else nn.Identity()]
@@ -210,7 +210,7 @@ def mlp(sizes, norm=False, leak=0.0, dropout=0.0):
 
 
 def halvings(side, width):
-    """Channels of the layers that halve `side` until it is odd or at most 7: 28, 16 -> [16, 32], 7."""
+    """Channels of layers halving `side` while it is even and above 7; last side: 28, 16 -> [16, 32], 7."""
     channels = []
     while side > 7 and side % 2 == 0:
         channels.append(width * 2 ** len(channels))
@@ -219,13 +219,13 @@ def halvings(side, width):
 
 
 def halve(c_in, c_out, norm):
-    """Layers that halve the side of an image, an odd one upwards."""
+    """Layers that halve the side of an image; half of an odd side is rounded up."""
     convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
     return [convolution, nn.BatchNorm2d(c_out) if norm else nn.Identity(), nn.LeakyReLU(0.2)]
 
 
 def conv_encoder(shape, width, out_dim, norm=True):
-    """(B, C, H, W) in [0, 1] -> (B, out_dim)."""
+    """x (B, C, H, W) -> (B, out_dim)."""
     channels, side = halvings(shape[1], width)
     layers = []
     for c_in, c_out in zip([shape[0], *channels], channels):
@@ -234,7 +234,7 @@ def conv_encoder(shape, width, out_dim, norm=True):
 
 
 def conv_decoder(shape, width, latent_dim, norm=True):
-    """(B, latent_dim) -> logits (B, C, H, W). With twice the encoder's channels, and one more layer."""
+    """z (B, latent_dim) -> logits (B, C, H, W). It has twice the encoder's channels, and one more layer."""
     channels, side = halvings(shape[1], width)
     channels = [2 * c for c in reversed(channels)] + [width]
     layers = [nn.Linear(latent_dim, channels[0] * side**2), nn.Unflatten(1, (channels[0], side, side))]
@@ -246,14 +246,14 @@ def conv_decoder(shape, width, latent_dim, norm=True):
 
 
 def conv_discriminator(shape, width, hidden=(), norm=False):
-    """(B, C, H, W) in [0, 1] -> logits (B,): strided convolutions, linear layers of the sizes `hidden`.
-    In two parts, head(features(x)); features are the output of the last convolution but one."""
+    """x (B, C, H, W) -> logits (B,): strided convolutions, then linear layers of the sizes `hidden`. It has
+    two parts, head(features(x)); the features are the output of the last convolution but one."""
     channels, side = halvings(shape[1], width)
-    features = halve(shape[0], channels[0], norm=False)  # Radford et al. 2016: never in the first
+    features = halve(shape[0], channels[0], norm=False)  # none in the first: Radford et al. 2016
     for c_in, c_out in zip(channels, channels[1:]):
         features += halve(c_in, c_out, norm)
     last, pixels = 2 * channels[-1], ((side + 1) // 2) ** 2
-    head = [features[-1], *halve(channels[-1], last, norm), nn.Flatten()]  # first, their activation
+    head = [features[-1], *halve(channels[-1], last, norm), nn.Flatten()]  # begins with their activation
     head += [mlp([last * pixels, *hidden, 1], leak=0.2), nn.Flatten(0)]
     network = nn.Sequential()
     network.features, network.head = nn.Sequential(*features[:-1]), nn.Sequential(*head)
@@ -261,7 +261,7 @@ def conv_discriminator(shape, width, hidden=(), norm=False):
 
 
 def he(network):
-    """The initialisation of He et al. 2015, in place; torch's own is too timid for a discriminator."""
+    """Initialise `network` as He et al. 2015, in place; torch's weights are too small for a discriminator."""
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, a=0.2)
@@ -279,7 +279,7 @@ class Conditional(nn.Module):
     def forward(self, h, y):
         if self.flat:
             h = h.flatten(1)
-            y = y * (h.shape[1] / y.shape[1]) ** 0.5  # about a digit's norm, else too faint
+            y = y * (h.shape[1] / y.shape[1]) ** 0.5  # about a digit's norm; y is too faint otherwise
         elif h.dim() == 4:
             y = y[:, :, None, None].expand(-1, -1, h.shape[2], h.shape[3])
         return self.network(torch.cat([h, y], 1))
@@ -287,12 +287,12 @@ class Conditional(nn.Module):
 
 # ----- Training and sampling -------------------------------------------------------------------
 def to_device(network, device):
-    """`network` on `device`; on a CPU in the memory format that makes convolutions a third faster."""
+    """Move `network` to `device`, on a CPU in the memory format that makes convolutions a third faster."""
     return network.to(device, memory_format=torch.channels_last if device == "cpu" else torch.preserve_format)
 
 
 def make_optimizer(args, network, lr, betas=(0.9, 0.999)):
-    """The optimiser that --opt names. `betas` are Adam's; sgd has momentum 0.9."""
+    """The optimiser that --opt names. Only adam uses `betas`; sgd has a momentum of 0.9."""
     if args.opt == "adam":
         return torch.optim.Adam(network.parameters(), lr, betas=betas, fused=True)
     if args.opt == "rmsprop":
@@ -320,13 +320,13 @@ def predict(network, *inputs):
 
 
 def interpolate(z_from, z_to):
-    """From each z_from to its z_to, both (N, D), in steps of 0.2: (6 N, D)."""
+    """Walk from each z_from to its z_to, both (N, D), in steps of 0.2; the points are (6 N, D)."""
     steps = [torch.lerp(z_from, z_to, t) for t in (0, 0.2, 0.4, 0.6, 0.8, 1)]
     return torch.stack(steps, 1).flatten(0, 1)
 
 
 def traverse(z, codes):
-    """z (D,) with one dimension at a time, of the ten in which codes (N, D) vary most, from -3 to 3."""
+    """Move z (D,) from -3 to 3 in one dimension at a time: the ten in which the codes (N, D) vary most."""
     dims = codes.var(0, correction=0).topk(min(10, len(z))).indices
     z = z.repeat(len(dims), 10, 1)  # (dims, 10, D)
     z[torch.arange(len(dims)), :, dims] = torch.linspace(-3, 3, 10, device=z.device)
@@ -335,7 +335,7 @@ def traverse(z, codes):
 
 # ----- Score -----------------------------------------------------------------------------------
 def load_classifier(args, data):
-    """A small convolutional classifier of `data`, trained here, always alike (MNIST: 99.3% right)."""
+    """Train a small convolutional classifier on `data`, each time in the same way (MNIST: 99.3% right)."""
     if len(data.classes) < 2 or len(data.x_test) < 100:
         fail("--score needs at least two classes and 100 test images")
     print("Training the classifier that scores samples")
@@ -350,7 +350,7 @@ def load_classifier(args, data):
     opt = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, 3 * (len(data.x_train) // batch_size))
     for _ in range(3):
-        for x, labels in data.batches(batch_size, args.translate):  # as scored
+        for x, labels in data.batches(batch_size, args.translate):  # shifted like the test set
             opt.zero_grad()
             F.cross_entropy(network(x), labels).backward()
             opt.step()
@@ -359,10 +359,10 @@ def load_classifier(args, data):
 
 
 def score(classifier, data, x, labels=None, binarize=False):
-    """The quality of samples x (N, C, H, W) in [0, 1], in the classifier's features (N, 64), as a dict:
-    fd (Heusel et al. 2017); classes that have a tenth of an equal share; class_kl = KL(classes of x || those
-    of test images), in nats; precision: share of samples near a test image; recall: share of test images
-    near a sample; label_accuracy: share of samples of the class that `labels` (N,) asked for."""
+    """Measure samples x (N, C, H, W) in [0, 1] in the classifier's features (N, 64). The dict returned has fd
+    (Heusel et al. 2017); classes: how many have at least a tenth of an equal share; class_kl: KL(classes of x
+    || those of test images), in nats; precision: the share of samples near a test image; recall: the share of
+    test images near a sample; label_accuracy: the share of samples that show the class in `labels` (N,)."""
     features = classifier[:-1].eval()
     real = torch.cat([predict(features, batch) for batch, _ in data.test_batches(binarize)])
     fake = predict(features, x)
@@ -386,20 +386,19 @@ def fd(f, g):
 
 def covered(points, centres, k=3):
     """Share of points (N, D) in a k-nearest-neighbour ball of centres (M, D): Kynkaanniemi et al. 2019."""
-    radii = torch.cdist(centres, centres).topk(k + 1, largest=False).values[:, k]  # the first is itself
+    radii = torch.cdist(centres, centres).topk(k + 1, largest=False).values[:, k]  # the nearest is itself
     return (torch.cdist(points, centres) <= radii).any(1).float().mean().item()
 
 
 # ----- Files -----------------------------------------------------------------------------------
 class Log:
-    """NAME.csv and the lines on the screen; training takes nothing from it. A row has the mean of each loss
-    over the steps since the last row that returned this loss: with --log-every 1 a cell may stay empty."""
+    """Writes NAME.csv and the lines on the screen. A row averages the losses since the previous row."""
 
     def __init__(self, args, data, networks):
         self.args, self.networks, self.steps_per_epoch = args, networks, len(data.x_train) // args.batch_size
         self.rows, self.samples, self.seconds = [], {}, 0.0
-        self.losses, self.columns = {}, []  # since the last row; of the file
-        self.terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()  # it may be None
+        self.losses, self.columns = {}, []  # losses since the last row; columns of the file
+        self.terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()  # stdout may be None
         if args.generate is None:
             images = f"{len(data.x_train)} + {len(data.x_test)} images of {' x '.join(map(str, data.shape))}"
             print(f"{args.name}.py on {args.device}: {args.data}, {images} in {len(data.classes)} classes")
@@ -416,15 +415,15 @@ class Log:
         self.epoch, self.start = epoch, time.monotonic() - self.seconds
 
     def add(self, step, losses):
-        """After every step, counted from 1: a dict of detached scalars; some steps end a row."""
+        """Take the losses of step `step`, from 1 on, as a dict of detached scalars; some steps end a row."""
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss)
-        last = step % self.steps_per_epoch == 0  # of the epoch: end_epoch() writes its row
+        last = step % self.steps_per_epoch == 0  # of the epoch; end_epoch() writes its row
         if step % self.args.log_every and not last:
             return
         means = torch.stack([torch.stack(values).mean() for values in self.losses.values()]).tolist()
         means, self.losses = dict(zip(self.losses, means)), {}
-        check_finite(step, means | (self.networks.state_dict() if last else {}))  # what is to be saved
+        check_finite(step, means | (self.networks.state_dict() if last else {}))  # the weights to be saved
         self.seconds = time.monotonic() - self.start
         row = {"epoch": self.epoch, "step": step, "seconds": round(self.seconds, 2), **means}
         self.rows.append({name: round(value, 6) for name, value in row.items()})
@@ -457,7 +456,7 @@ class Log:
             print(line, end=end, flush=True)
 
     def progress(self, x):
-        """Keep ten samples of this epoch, of x (N, C, H, W); return those of at most a hundred epochs."""
+        """Keep ten samples of this epoch from x (N, C, H, W); return those of at most a hundred epochs."""
         every = math.ceil(self.args.epochs / 100)
         self.samples = {epoch: rows for epoch, rows in self.samples.items() if epoch % every == 0}
         self.samples[self.epoch] = (x[:10].cpu() * 255).round().to(torch.uint8)
@@ -472,12 +471,12 @@ def check_finite(step, values):
 
 
 def save_grid(args, what, images, columns=8):
-    """NAME_what.png: images (N, C, H, W) in [0, 1], row by row."""
+    """Write NAME_what.png: images (N, C, H, W) in [0, 1], row by row."""
     save_image(images, args.out / f"{args.name}_{what}.png", nrow=columns)
 
 
 def save_images(args, images, folders=None):
-    """NAME_generated/000000.png ...: single images (N, C, H, W); `folders` are the names of N sub-folders."""
+    """Write samples (N, C, H, W) to NAME_generated/000000.png, ...; `folders` may name sub-folders."""
     folder = args.out / f"{args.name}_generated"
     if len(images):  # --generate 0 only loads
         for old in folder.rglob("*.png"):
@@ -489,55 +488,55 @@ def save_images(args, images, folders=None):
 
 
 def run_flags(args):
-    """The flags that make a run what it is: not those that say where it runs and writes."""
+    """The flags that decide what a run computes, without those that say where it runs and writes."""
     others = ("name", "device", "data_dir", "out", "resume", "generate", "dry_run")
     return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def save_checkpoint(args, data, parts, epoch):
-    """NAME.pt: the state after `epoch` of `parts`, a dict of all that has a state_dict()."""
+    """Write NAME.pt: the state after `epoch` of `parts`, a dict of everything that has a state_dict()."""
     about = {"shape": data.shape, "classes": data.classes, "images": len(data.x_train)}
     checkpoint = {"script": args.name, "flags": run_flags(args), "data": about, "epoch": epoch}
     checkpoint["parts"] = {name: part.state_dict() for name, part in parts.items()}
     path = args.out / f"{args.name}.pt"
-    torch.save(checkpoint, f"{path}.tmp")  # if killed here, the last one is still whole
+    torch.save(checkpoint, f"{path}.tmp")  # a run killed here leaves the old file whole
     Path(f"{path}.tmp").replace(path)
 
 
 def read_checkpoint(out, name):
-    """The checkpoint NAME.pt in the folder `out`, on the CPU; status 2 if there is none of NAME.py."""
+    """Load the checkpoint NAME.pt from the folder `out` to the CPU; fail if NAME.py did not write one."""
     path = out / f"{name}.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] == name:
             return checkpoint
         error = f"it is of {checkpoint['script']}.py"
-    except Exception as problem:  # no file, or a damaged or foreign one
+    except Exception as problem:  # no such file, or it is damaged
         error = str(problem).split(". ")[0]
     fail(f"no checkpoint of {name}.py at {path} ({error}); train first, or set --out")
 
 
 def load_checkpoint(args, data, parts):
-    """With --resume or --generate restore `parts` from the checkpoint in --out; the number of epochs done."""
+    """With --resume or --generate, restore `parts` from the checkpoint; return how many epochs are done."""
     if not args.resume and args.generate is None:
         return 0
     checkpoint = read_checkpoint(args.out, args.name)
     saved, done = checkpoint["data"], checkpoint["epoch"]
     if (saved["shape"], saved["classes"]) != (data.shape, data.classes):
-        fail(f"the checkpoint is of other classes than --data, or another shape, {saved['shape']}")
+        fail(f"the checkpoint has other classes than --data, or another shape: {saved['shape']}")
     try:
         for name, part in parts.items():
             state = checkpoint["parts"][name]
             if not isinstance(part, torch.optim.Optimizer):
                 part.load_state_dict(state)
-            elif args.opt == checkpoint["flags"]["opt"]:  # its moments: --lr may have changed
+            elif args.opt == checkpoint["flags"]["opt"]:  # only moments, as --lr may have changed
                 part.load_state_dict(state | {"param_groups": part.state_dict()["param_groups"]})
                 for weight, moments in part.state.items():  # in the memory format of the weight
                     moments |= {k: torch.empty_like(weight).copy_(v) for k, v in moments.items() if v.dim()}
     except (KeyError, RuntimeError):
-        fail("the checkpoint has other networks: leave out flags like --width")
+        fail("the checkpoint has other networks; leave out flags like --width")
     if args.resume:
-        print(f"{done} of {args.epochs} epochs done; images: {saved['images']}, now {len(data.x_train)}")
+        print(f"{done} of {args.epochs} epochs done, with {saved['images']} images; now {len(data.x_train)}")
     return done
 
 
@@ -550,7 +549,7 @@ def fail(message, status=2):
 
 def within(low, high=math.inf, kind=float):
     """An argparse type: numbers of this kind in [low, high)."""
-    def number(text):  # argparse shows this name
+    def number(text):
         value = kind(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
@@ -578,15 +577,16 @@ def shared_flags(file, doc, *, batch_size, lr, latent_dim):
     add("--latent-dim", type=positive_int, default=latent_dim, help="size of z")
     add("--width", type=positive_int, default=16, help="channels of the first convolution")
     add("--seed", type=within(0, 2**32, int), default=0, help="seed of weights, noise and order")
-    add("--device", default="auto", help="cpu, cuda, mps, ...; auto: a GPU, or else the CPU")
-    add("--data", default="auto", help=f"{', '.join(TORCHVISION)}, synthetic, FOLDER; auto: mnist, if any")
+    add("--device", default="auto", help="cpu, cuda, mps, ...; auto: a GPU if there is one")
+    add("--data", default="auto", help=f"{', '.join(TORCHVISION)}, synthetic or a FOLDER of pictures; "
+        "auto: mnist or, if it cannot be downloaded, synthetic")
     add("--data-dir", type=Path, default=script.parent / "data", help="where data sets are kept")
     add("--image-size", type=within(8, kind=int), default=none, help="side in pixels (default: up to 64)")
     add("--translate", type=share, default=0.0, help="shift images by up to this fraction of a side")
-    add("--out", type=Path, default=script.parent, help="where files go (--dry-run: in dry-run/)")
+    add("--out", type=Path, default=script.parent, help="where files go; --dry-run adds dry-run/")
     add("--log-every", type=positive_int, default=100, help="steps per row of the CSV")
     add("--score", action="store_true", help="after each epoch, score 10,000 samples (see README.md)")
-    add("--dry-run", action="store_true", help="two steps on a small slice, then all the files")
+    add("--dry-run", action="store_true", help="two steps on a few images, then all the files")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the checkpoint, with its flags")
     add("--generate", type=within(0, kind=int), metavar="N", default=none, help="only write N samples")
@@ -594,7 +594,7 @@ def shared_flags(file, doc, *, batch_size, lr, latent_dim):
 
 
 def parse(parser, argv=None):
-    """Parse and check `argv`, or the command line; the flags of a checkpoint to load are the defaults."""
+    """Parse and check `argv`, or else the command line. The flags of a loaded checkpoint become defaults."""
     args = parser.parse_args(argv)
     out = args.out.expanduser() / ("dry-run" if args.dry_run else "")
     if args.resume or args.generate is not None:
@@ -615,6 +615,6 @@ def parse(parser, argv=None):
         if args.generate != 0:
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()  # can it be written to?
-    except Exception as error:  # of many kinds
-        parser.error(f"--device {args.device}, --out {out}: {str(error).splitlines()[0]}")
+    except Exception as error:
+        parser.error(f"cannot use --device {args.device} or --out {out}: {str(error).splitlines()[0]}")
     return args

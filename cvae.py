@@ -5,40 +5,41 @@
 """CVAE: a conditional variational autoencoder.
 
 Sohn, Lee, Yan: Learning structured output representation using deep conditional generative models, 2015,
-NeurIPS. They predict images from parts of them; for images from labels see model M2 of Kingma, Rezende,
+NeurIPS. They complete an image from a part of it. For images from labels, see model M2 of Kingma, Rezende,
 Mohamed, Welling: Semi-supervised learning with deep generative models, 2014, arXiv 1406.5298.
 
-The VAE of vae.py, but both networks also get the label y as a one-hot vector: q(z|x, y) = N(mu, sigma^2) and
-p(x|z, y). What is left for z is the style. Per image and averaged over the batch:
+This is the VAE of vae.py, but both networks also get the label y as a one-hot vector. The encoder gives
+q(z|x, y) = N(mu, sigma^2), and the decoder gives p(x|z, y). As y tells the class, z need only tell the style.
+Together they minimise the loss of an image, averaged over the batch:
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x|y))
-    loss_recon = -log p(x|z, y), z = mu + sigma * epsilon
+    loss_recon = -log p(x|z, y), z = mu + sigma * epsilon, epsilon ~ N(0, I)
     loss_kl    = KL(q(z|x, y) || p(z)), p(z) = N(0, I)
 
     Differences        here                                     in the papers or their code
       condition        the label                                Sohn et al.: a part of the image
-      labels           always given                             Kingma et al. infer missing ones
+      labels           always given                             Kingma et al.: missing ones are inferred
       prior of z       N(0, I)                                  Sohn et al.: depends on the condition
-      z                8 dimensions: more would hold more of    Kingma et al.: 50 dimensions
-                       the class, and spoil the labels
+      z                8 dimensions; with more, z also tells    Kingma et al.: 50 dimensions
+                       the class, and y is obeyed less
       layers           512, 256; ReLU, batch norm               Kingma et al.: 500, 500; softplus
-      label            joins z as numbers; joins x as pixels    Kingma et al.: numbers, not scaled
-                       of a digit's norm or (conv) channels
+      label            joined to z as numbers; to x as pixels   Kingma et al.: joined as numbers, not scaled
+                       with a digit's norm, or (conv) channels
       optimiser        Adam at 3e-3, decaying to zero           Kingma et al.: Adam at 3e-4
       batches          of 128 images                            Kingma et al.: of 1000
-      pixels           Bernoulli means unless --binarize        Kingma et al.: binary, drawn in each batch
-      --arch conv      the networks of vaegan.py                fully connected ones
+      pixels           grey, as Bernoulli means; or --binarize  Kingma et al.: binary, drawn for each batch
+      --arch conv      the networks of vaegan.py                fully connected networks
 
     python cvae.py --epochs 10
     python cvae.py --arch conv
 
-Files: cvae.csv, cvae.pt, cvae_*.png: samples (a row per class, the same z down a column), progress,
-interpolation (eight walks from z to z, eight from label to label), reconstructions, traversal. The columns of
-cvae.csv, besides epoch, step and seconds of training:
+A run writes cvae.csv, cvae.pt and cvae_*.png: samples (a row per class, the same z down a column), progress,
+interpolation (eight rows from z to z, eight from label to label), reconstructions and traversal. The CSV's
+columns are epoch, step, seconds (of training) and
 
     loss, loss_recon, loss_kl              means since the previous row, in nats per image
-    test_neg_elbo, test_recon, test_kl     the same of the test set, with beta = 1, at the end of each epoch
-    fd ...                                 at the end of each epoch, with --score: see README.md
+    test_neg_elbo, test_recon, test_kl     the same for the test set, with beta = 1, after each epoch
+    fd, ...                                scores after each epoch, only with --score: see README.md
 """
 
 import torch
@@ -60,13 +61,13 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=128, lr=3e-3, latent_dim=8)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="networks; conv changes the defaults to --batch-size 32")
+        help="kind of networks; conv changes the defaults to --batch-size 32")
     add("--hidden", type=positive_int, nargs="+", default=[512, 256],
-        help="mlp: the encoder's layers, reversed in the decoder")
+        help="mlp: sizes of the encoder's hidden layers; reversed in the decoder")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
-    add("--binarize", action="store_true", help="draw binary pixels, new ones for each training batch")
+    add("--binarize", action="store_true", help="draw binary pixels; in training, again for each batch")
     add("--beta", type=nonnegative_float, default=1.0, help="weight of the KL divergence")
-    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: decays to zero")
+    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: --lr falls to zero")
     if parser.parse_known_args(argv)[0].arch == "conv":
         parser.set_defaults(batch_size=32)
     return parse(parser, argv)
@@ -116,7 +117,7 @@ def train_step(x, y, args, encoder, decoder, opt):
 
 @torch.no_grad()
 def evaluate(data, args, encoder, decoder):
-    """-ELBO and its two terms on the test set, in nats per image, with one sample of each z."""
+    """-ELBO and its two terms on the test set, in nats per image, with one z drawn for each image."""
     training = encoder.training
     encoder.eval()
     decoder.eval()
@@ -135,7 +136,7 @@ def evaluate(data, args, encoder, decoder):
 
 
 def sample(decoder, z, y):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim) and y (N, n_classes)."""
     return predict(decoder, z, y).sigmoid()
 
 
@@ -165,7 +166,7 @@ def main(args):
     steps_per_epoch = len(data.x_train) // args.batch_size
     step = done * steps_per_epoch
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             if args.lr_schedule == "linear":
@@ -176,10 +177,11 @@ def main(args):
             step += 1
             log.add(step, losses)
         samples = sample(decoder, z_fixed, y_fixed)
-        save_grid(args, "samples", samples, 10)  # a row per class
-        save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))  # its diagonal
+        # The samples have a row per class; the progress gets their diagonal, one sample of each class
+        save_grid(args, "samples", samples, 10)
+        save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))
         z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]
-        # Eight walks from z to z with the label held, eight from label to label with z held
+        # Eight walks from z to z with the label fixed, then eight from label to label with z fixed
         z_walk = torch.cat([interpolate(z[:8], z[1:]), z[:8].repeat_interleave(6, 0)])
         y_walk = torch.cat([y[:8].repeat_interleave(6, 0), interpolate(y[:8], y[1:])])
         save_grid(args, "interpolation", sample(decoder, z_walk, y_walk), 6)

@@ -7,8 +7,8 @@
 Radford, Metz, Chintala: Unsupervised representation learning with deep convolutional generative
 adversarial networks, 2016, arXiv 1511.06434.
 
-The GAN of gan.py on networks that are convolutional throughout: no pooling, no hidden linear layer, batch
-norm in both networks, leaky ReLU in the discriminator. Averaged over the batch:
+This is the GAN of gan.py, but its networks are convolutional throughout: no pooling, no hidden linear layer,
+batch norm in both, leaky ReLU in the discriminator. The losses are averaged over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)
@@ -17,31 +17,31 @@ norm in both networks, leaky ReLU in the discriminator. Averaged over the batch:
     generator      minimises  loss_g
 
     Differences        here                                     in the paper or its code
-      networks         for 28 x 28: three layers each way,      for 64 x 64: four layers each way,
+      networks         three layers each for 28 x 28 pixels,    four layers each for 64 x 64 pixels,
                        16 to 64 channels, kernels of 3 and 4    128 to 1024 channels, kernels of 5
-      last layer       of the generator: at full size           doubles the side
+      last layer       of the generator: keeps the size         doubles the size
       biases           in all layers, besides batch norm        none
       noise            normal, 10 dimensions: enough for        uniform, 100 dimensions
-                       digits, few for colour pictures
-      optimiser        Adam with betas of 0 and 0.99            0.5 and 0.999
+                       digits, too few for colour pictures
+      optimiser        Adam with betas of 0 and 0.99            Adam with betas of 0.5 and 0.999
       learning rates   1.4e-3, the discriminator's 4.2e-4       2e-4 for both
       batches          of 32 images                             of 128
       weight decay     none                                     1e-5
-      updates          both networks on the same images         in turn, each on new images
-      samples          of averaged weights; their decay is      of the last weights
+      updates          both networks with the same images       in turn, each with new images
+      samples          from weights averaged with the decay     from the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t
 
     python dcgan.py --epochs 1
     python dcgan.py --data cifar10 --latent-dim 100 --epochs 25
 
-Files: dcgan.csv, dcgan.pt, dcgan_*.png: samples, progress, interpolation. The columns of dcgan.csv, besides
-epoch, step and seconds of training, are means since the previous row:
+A run writes dcgan.csv, dcgan.pt and dcgan_*.png: samples, progress and interpolation. The CSV's columns are
+epoch, step, seconds (of training) and these means since the previous row:
 
-    loss_d     2 log 2 = 1.39 at chance
+    loss_d     2 log 2 = 1.39 at chance, when D is 1/2
     d_real     D(x)
     d_fake     D(x_fake)
     loss_g     log 2 = 0.69 at chance
-    fd ...     at the end of each epoch, with --score: see README.md
+    fd, ...    scores after each epoch, only with --score: see README.md
 """
 
 import copy
@@ -63,8 +63,8 @@ from common import (
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=1.4e-3, latent_dim=10)
     add = parser.add_argument
-    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    add("--lr-d", type=positive_float, default=0.3, help="the discriminator's learning rate is LR_D * LR")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: off")
     return parse(parser, argv)
 
 
@@ -77,7 +77,7 @@ def make_networks(args, shape):
 
 
 def initialize(network):
-    """Weights from N(0, 0.02^2), in place; those of batch norm from N(1, 0.02^2), as in the authors' code."""
+    """Draw weights from N(0, 0.02^2), for batch norm from N(1, 0.02^2), in place, as in the authors' code."""
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, 0.02)
@@ -108,7 +108,7 @@ def train_step(x, args, generator, discriminator, opt_g, opt_d):
 
 
 def sample(generator, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
     return predict(generator, z).tanh() / 2 + 0.5
 
 
@@ -123,7 +123,7 @@ def main(args):
     to_device(networks, args.device)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # drawn on the CPU, so the same for any device
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
@@ -135,7 +135,7 @@ def main(args):
 
     step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, generator, discriminator, opt_g, opt_d)

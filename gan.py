@@ -8,41 +8,41 @@ Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio: Ge
 networks, 2014, arXiv 1406.2661.
 
 A generator turns noise z ~ N(0, I) into an image x_fake = generator(z). A discriminator gives the
-probability D that an image is real. Averaged over the batch:
+probability D that an image is real. The losses are averaged over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)            (--loss nonsaturating)
     loss_g = log(1 - D(x_fake))        (--loss minimax: little gradient while the discriminator wins)
 
     discriminator  minimises  loss_d, with every batch
-    generator      minimises  loss_g, with one of --d-steps batches
+    generator      minimises  loss_g, with one batch in --d-steps
 
     Differences        here                                     in the paper or its code
-      generator        layers of 128, 256, 512; batch norm      1200, 1200; none
-      discriminator    512, 256, 128; leaky ReLU                240, 240; maxout units
-      dropout          0.2 after the discriminator's layers     0.2 of its input, 0.5 after its layers
-      first weights    discriminator: He's; generator: torch's  uniform, up to 0.005; up to 0.05
+      generator        layers of 128, 256, 512; batch norm      layers of 1200, 1200; no batch norm
+      discriminator    layers of 512, 256, 128; leaky ReLU      layers of 240, 240; maxout units
+      dropout          0.2 after the discriminator's layers     0.2 on its input, 0.5 after its layers
+      first weights    discriminator: He's; generator: torch's  uniform, up to 0.005; uniform, up to 0.05
       noise            normal                                   uniform
       optimiser        Adam with betas of 0 and 0.99            SGD with momentum
-      training         4e-3, discriminator 1.2e-3; batch 64     0.1, decaying; batch 100
+      training         4e-3, discriminator 1.2e-3; batch of 64  0.1, decaying; batch of 100
       generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --d-steps batches
-                       its batch norm moves with every batch
-      generated        one batch for both networks              a new one for the generator
-      samples          of averaged weights; their decay is      of the last weights
+                       its batch norm sees every batch
+      generated batch  the same for both networks               a new one for the generator
+      samples          from weights averaged with the decay     from the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t
-      --arch conv      the networks of vaegan.py                fully connected ones
+      --arch conv      the networks of vaegan.py                fully connected networks
 
     python gan.py --epochs 1
     python gan.py --arch conv
 
-Files: gan.csv, gan.pt, gan_*.png: samples, progress, interpolation. The columns of gan.csv, besides epoch,
-step and seconds of training, are means since the previous row:
+A run writes gan.csv, gan.pt and gan_*.png: samples, progress and interpolation. The CSV's columns are epoch,
+step, seconds (of training) and these means since the previous row:
 
-    loss_d     2 log 2 = 1.39 at chance
+    loss_d     2 log 2 = 1.39 at chance, when D is 1/2
     d_real     D(x)
     d_fake     D(x_fake)
-    loss_g     log 2 = 0.69 at chance, -0.69 with --loss minimax
-    fd ...     at the end of each epoch, with --score: see README.md
+    loss_g     log 2 = 0.69 at chance; -0.69 with --loss minimax
+    fd, ...    scores after each epoch, only with --score: see README.md
 """
 
 import copy
@@ -65,14 +65,14 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=64, lr=4e-3, latent_dim=100)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp",
-        help="networks; conv changes the defaults to --batch-size 32 --lr-d 0.15 --latent-dim 8")
+        help="kind of networks; conv changes the defaults to --batch-size 32 --lr-d 0.15 --latent-dim 8")
     add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
-        help="mlp: the generator's layers, reversed in the discriminator")
+        help="mlp: sizes of the generator's hidden layers; reversed in the discriminator")
     add("--dropout", type=share, default=0.2, help="mlp: dropout in the discriminator")
     add("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="the generator's loss")
     add("--d-steps", type=positive_int, default=1, help="discriminator steps per generator step")
-    add("--lr-d", type=positive_float, default=0.3, help="discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    add("--lr-d", type=positive_float, default=0.3, help="the discriminator's learning rate is LR_D * LR")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: off")
     if parser.parse_known_args(argv)[0].arch == "conv":
         parser.set_defaults(batch_size=32, lr_d=0.15, latent_dim=8)
     return parse(parser, argv)
@@ -118,7 +118,7 @@ def train_step(x, update_generator, args, generator, discriminator, opt_g, opt_d
 
 
 def sample(generator, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
     return predict(generator, z).sigmoid()
 
 
@@ -133,7 +133,7 @@ def main(args):
     to_device(networks, args.device)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.99))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.0, 0.99))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # drawn on the CPU, so the same for any device
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
@@ -145,7 +145,7 @@ def main(args):
 
     step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for i, (x, labels) in enumerate(data.batches(args.batch_size, args.translate)):
             update_generator = i % args.d_steps == 0

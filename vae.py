@@ -6,37 +6,37 @@
 
 Kingma, Welling: Auto-encoding variational Bayes, 2014, arXiv 1312.6114.
 
-An encoder gives mu and logvar of q(z|x) = N(mu, sigma^2), a decoder the pixels of p(x|z). Both minimise,
-per image and averaged over the batch, the negative evidence lower bound (ELBO)
+An encoder gives mu and logvar = log sigma^2 of q(z|x) = N(mu, sigma^2), and a decoder gives p(x|z). Together
+they minimise the negative evidence lower bound (-ELBO) of an image, averaged over the batch:
 
     loss       = loss_recon + beta * loss_kl                    (beta = 1: -ELBO >= -log p(x))
-    loss_recon = -log p(x|z), z = mu + sigma * epsilon
+    loss_recon = -log p(x|z), z = mu + sigma * epsilon, epsilon ~ N(0, I)
     loss_kl    = KL(q(z|x) || p(z)), p(z) = N(0, I)
 
 --arch pixelcnn is the PixelVAE of Gulrajani, Kumar, Ahmed, Ali Taiga, Visin, Vazquez, Courville, 2017, arXiv
-1611.05013: a pixel depends on z and on the pixels before it, p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
+1611.05013. A pixel depends on z and on the pixels before it: p(x|z) = prod_i p(x_i | x_1 ... x_i-1, z).
 
     Differences        here                                     in the papers or their code
       layers           512, 256; ReLU, batch norm               one of 500; tanh
-      --arch conv      the networks of vaegan.py                fully connected ones
+      --arch conv      the networks of vaegan.py                fully connected networks
       first weights    torch's                                  from N(0, 0.01)
       training         Adam at 3e-3, decaying; batches of 128   Adagrad, weight decay; batches of 100
-      pixels           Bernoulli means unless --binarize        binary
-      PixelVAE: z      added after the first convolution        joined to the image, or in all gates
+      pixels           grey, as Bernoulli means; or --binarize  binary
+      PixelVAE: z      added after the first convolution        joined to the image, or used in all gates
         convolutions   five, residual, ReLU; a blind spot       gated; two stacks without a blind spot
-        other layers   encoder of two; batch norm               encoder of eight; weight norm
-        training       2e-3, decaying; 2 epochs of warm-up      1e-3; 20 epochs of warm-up
-        binary pixels  drawn in each batch                      drawn once for all
+        other layers   an encoder of two; batch norm            an encoder of eight; weight norm
+        training       2e-3, decaying; beta rises for 2 epochs  1e-3; beta rises for 20 epochs
+        binary pixels  drawn again for each batch               drawn once
 
     python vae.py --epochs 10
     python vae.py --latent-dim 2 --epochs 20
 
-Files: vae.csv, vae.pt, vae_*.png: samples, progress, interpolation, reconstructions, traversal; with two
-latent dimensions manifold, latent. The columns of vae.csv, besides epoch, step and seconds of training:
+A run writes vae.csv, vae.pt and vae_*.png: samples, progress, interpolation, reconstructions, traversal and,
+with --latent-dim 2, manifold and latent. The CSV's columns are epoch, step, seconds (of training) and
 
     loss, loss_recon, loss_kl              means since the previous row, in nats per image
-    test_neg_elbo, test_recon, test_kl     the same of the test set, with beta = 1, at the end of each epoch
-    fd ...                                 at the end of each epoch, with --score: see README.md
+    test_neg_elbo, test_recon, test_kl     the same for the test set, with beta = 1, after each epoch
+    fd, ...                                scores after each epoch, only with --score: see README.md
 """
 
 import math
@@ -60,16 +60,16 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=128, lr=3e-3, latent_dim=20)
     add = parser.add_argument
     add("--arch", choices=["mlp", "conv", "pixelcnn"], default="mlp",
-        help="networks; conv changes the defaults to --batch-size 32 --latent-dim 8, pixelcnn to "
+        help="kind of networks; conv changes the defaults to --batch-size 32 --latent-dim 8, pixelcnn to "
         "--batch-size 64 --latent-dim 16 --lr 2e-3 --kl-warmup 2 --binarize")
     add("--hidden", type=positive_int, nargs="+", default=[512, 256],
-        help="mlp: the encoder's layers, reversed in the decoder")
+        help="mlp: sizes of the encoder's hidden layers; reversed in the decoder")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation in both networks")
-    add("--recon", choices=["bce", "mse"], default="bce", help="cross-entropy, or mse: squared error")
-    add("--binarize", action="store_true", help="draw binary pixels, new ones for each training batch")
+    add("--recon", choices=["bce", "mse"], default="bce", help="cross-entropy or squared error of pixels")
+    add("--binarize", action="store_true", help="draw binary pixels; in training, again for each batch")
     add("--beta", type=nonnegative_float, default=1.0, help="weight of the KL divergence")
     add("--kl-warmup", type=nonnegative_float, default=0.0, help="epochs over which beta rises from 0")
-    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: decays to zero")
+    add("--lr-schedule", choices=["constant", "linear"], default="linear", help="linear: --lr falls to zero")
     arch = parser.parse_known_args(argv)[0].arch
     if arch == "conv":
         parser.set_defaults(batch_size=32, latent_dim=8)
@@ -91,7 +91,7 @@ def make_networks(args, shape):
         make_decoder = PixelCNN if args.arch == "pixelcnn" else conv_decoder
         decoder = make_decoder(shape, args.width, args.latent_dim, norm)
     if args.arch == "pixelcnn" and (c > 1 or args.recon == "mse"):
-        fail("--arch pixelcnn draws binary pixels: use grey images and --recon bce")
+        fail("--arch pixelcnn draws binary pixels; use grey images and --recon bce")
     return encoder, decoder
 
 
@@ -110,7 +110,7 @@ def reconstruction_loss(logits, x, kind):
 
 
 def decode(decoder, z, x):
-    """Logits of p(x|z), (B, C, H, W); a PixelCNN looks at the pixels of x too."""
+    """Logits of p(x|z), (B, C, H, W); a PixelCNN also looks at the pixels of x."""
     return decoder(z, x) if isinstance(decoder, PixelCNN) else decoder(z)
 
 
@@ -131,7 +131,7 @@ def train_step(x, beta, args, encoder, decoder, opt):
 
 @torch.no_grad()
 def evaluate(data, args, encoder, decoder):
-    """-ELBO and its two terms on the test set, in nats per image, with one sample of each z."""
+    """-ELBO and its two terms on the test set, in nats per image, with one z drawn for each image."""
     training = encoder.training
     encoder.eval()
     decoder.eval()
@@ -149,12 +149,12 @@ def evaluate(data, args, encoder, decoder):
 
 
 def sample(decoder, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim); a PixelCNN draws binary ones."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim); a PixelCNN draws binary samples."""
     return predict(decoder, z).sigmoid()
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution that sees only earlier pixels in reading order; of kind "B" also the current one."""
+    """A convolution that sees only earlier pixels in reading order; kind "B" also sees the current one."""
 
     def __init__(self, kind, c_in, c_out, size):
         super().__init__(c_in, c_out, size, padding=size // 2)
@@ -174,7 +174,7 @@ class PixelCNN(nn.Module):
         self.first = MaskedConv2d("A", 1, width, 7)
         self.layers = nn.ModuleList(MaskedConv2d("B", width, width, 3) for _ in range(layers))
         self.last = nn.Conv2d(width, 1, 1)
-        self.reach = 3 + layers  # how many rows up the farthest pixel lies that is seen
+        self.reach = 3 + layers  # how many rows above its own a pixel sees
 
     def logits(self, x, context):
         h = self.first(2 * x - 1) + context
@@ -188,7 +188,7 @@ class PixelCNN(nn.Module):
         return self.logits(x, self.context(z))
 
     def draw(self, z):
-        """Binary images (B, 1, H, W), as logits of 0 and 1, drawn pixel by pixel."""
+        """Draw binary samples (B, 1, H, W) pixel by pixel; return their logits, -inf for 0 and inf for 1."""
         context = self.context(z)
         x = torch.zeros_like(context[:, :1])
         for i in range(x.shape[2]):
@@ -206,7 +206,7 @@ def main(args):
     networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     to_device(networks, args.device)
     opt = make_optimizer(args, networks, args.lr)
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # drawn on the CPU, so the same for any device
     x_fixed = next(data.test_batches(args.binarize))[0][:32]
     log = Log(args, data, networks)
     parts = {**networks, "opt": opt, "log": log}
@@ -220,7 +220,7 @@ def main(args):
     steps_per_epoch = len(data.x_train) // args.batch_size
     step = done * steps_per_epoch
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             if args.lr_schedule == "linear":
@@ -247,13 +247,13 @@ def main(args):
             save_grid(args, "manifold", sample(decoder, plane), 20)
             x_test = torch.cat([x for x, _ in data.test_batches(args.binarize)])
             codes = posterior(predict(encoder, x_test)).mean
-            nearest = torch.cdist(plane, codes).argmin(1)  # of the test images, to each point
+            nearest = torch.cdist(plane, codes).argmin(1)  # the test image nearest to each point
             save_grid(args, "latent", x_test[nearest], 20)
         save_grid(args, "traversal", sample(decoder, traverse(mu[0], mu)), 10)
         scores = evaluate(data, args, encoder, decoder)
         if args.score:
             z = torch.randn(10_000, args.latent_dim, device=args.device)
-            if args.arch == "pixelcnn":  # pixel by pixel, 10,000 would take minutes
+            if args.arch == "pixelcnn":  # drawing 10,000 pixel by pixel takes minutes
                 z = z[:1_000]
             scores |= score(classifier, data, sample(decoder, z), binarize=args.arch == "pixelcnn")
         log.end_epoch(scores)

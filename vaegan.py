@@ -7,9 +7,9 @@
 Larsen, Sonderby, Larochelle, Winther: Autoencoding beyond pixels using a learned similarity metric,
 2016, arXiv 1512.09300.
 
-A VAE whose decoder is also a GAN's generator. Images are compared in the discriminator's features f instead
-of pixel by pixel. With x_recon = decoder(z), z ~ q(z|x), and x_fake = decoder(z), z ~ p(z) = N(0, I), per
-image and averaged over the batch:
+This is a VAE whose decoder is also the generator of a GAN. It compares images in the discriminator's features
+f, not pixel by pixel. D is the probability that an image is real, x_recon = decoder(z) with z ~ q(z|x), and
+x_fake = decoder(z) with z ~ p(z) = N(0, I). The losses are per image and averaged over the batch:
 
     loss_kl       = KL(q(z|x) || p(z))
     loss_features = 1/2 ||f(x) - f(x_recon)||^2            (-log N(f(x) | f(x_recon), I) + constant)
@@ -21,34 +21,34 @@ image and averaged over the batch:
     decoder        minimises  loss_g
 
     Differences        here                                     in the paper or its code
-      networks         for 28 x 28: two or three layers each    for 64 x 64: three or four layers each
-                       way, 16 to 64 channels                   way, 32 to 256 channels
+      networks         two or three layers each for 28 x 28     three or four layers each for 64 x 64
+                       pixels, 16 to 64 channels                pixels, 32 to 256 channels
       z                8 dimensions                             128 dimensions
       images           in [0, 1]                                in [-1, 1]
       discriminator    no batch norm, He initialisation         batch norm
-      features         of its last convolution but one          of its last convolution
-      beta             8: the variance of the Gaussian around   1
-                       f(x_recon); features have any scale
-      gamma            0.01 (it depends on that scale, too)     1e-5, and 1 - gamma for the other losses
-      -log D           in loss_g                                log(1 - D)
+      features         of the last convolution but one          of the last convolution
+      beta             8, used as the variance of f(x), whose   1
+                       scale depends on the discriminator
+      gamma            0.01 (it depends on that scale, too)     1e-5; the other losses weigh 1 - gamma
+      loss_g           with -log D                              with log(1 - D)
       optimiser        Adam with betas of 0.5 and 0.999         RMSprop
       learning rates   4e-3, the discriminator's 8e-4           3e-4 for all, decaying in the code
-      updates          all three, with each batch               the code skips a network far ahead
+      updates          all three networks, with every batch     the code skips a network far ahead
       batches          of 32 images                             of 64
-      pictures         of averaged weights; their decay is      of the last weights
+      pictures         from weights averaged with the decay     from the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --data cifar10 --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5  # for colour
 
-Files: vaegan.csv, vaegan.pt, vaegan_*.png: samples, progress, interpolation, reconstructions, traversal. The
-columns of vaegan.csv, besides epoch, step and seconds of training, are means since the previous row:
+A run writes vaegan.csv, vaegan.pt and vaegan_*.png: samples, progress, interpolation, reconstructions and
+traversal. The CSV's columns are epoch, step, seconds (of training) and these means since the previous row:
 
-    loss_d                     3 log 2 = 2.08 at chance
+    loss_d                     3 log 2 = 2.08 at chance, when D is 1/2
     d_real, d_recon, d_fake    D(x), D(x_recon), D(x_fake)
-    loss_kl                    nats
+    loss_kl                    in nats per image
     loss_features, loss_g
-    fd ...                     at the end of each epoch, with --score: see README.md
+    fd, ...                    scores after each epoch, only with --score: see README.md
 """
 
 import copy
@@ -72,9 +72,9 @@ def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=4e-3, latent_dim=8)
     add = parser.add_argument
     add("--beta", type=nonnegative_float, default=8.0, help="weight of the KL divergence")
-    add("--gamma", type=nonnegative_float, default=0.01, help="weight of the features in the decoder's loss")
-    add("--lr-d", type=positive_float, default=0.2, help="discriminator's learning rate, as a factor of --lr")
-    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+    add("--gamma", type=nonnegative_float, default=0.01, help="weight of loss_features in the decoder's loss")
+    add("--lr-d", type=positive_float, default=0.2, help="the discriminator's learning rate is LR_D * LR")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: off")
     return parse(parser, argv)
 
 
@@ -96,7 +96,7 @@ def posterior(output):
 def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """An update of the three networks on x (B, C, H, W); returns detached scalars for the CSV."""
     q, prior = posterior(encoder(x)), Normal(0.0, 1.0)
-    z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # in one batch: batch norm then sees both kinds
+    z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # in one batch, so batch norm sees both kinds
     x_recon, x_fake = decoder(z).sigmoid().chunk(2)
     f_real, f_recon = discriminator.features(x), discriminator.features(x_recon)
     d_real, d_recon = discriminator.head(f_real), discriminator.head(f_recon)
@@ -104,8 +104,8 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     loss_kl = kl_divergence(q, prior).sum(1).mean()
     loss_features = (f_real - f_recon).square().flatten(1).sum(1).mean() / 2
 
-    # The losses share one graph: backward(inputs=...) gives each network the gradients of its own loss alone,
-    # and all gradients are computed before any network is updated, as in the paper.
+    # The losses share one graph, so backward(inputs=...) gives each network only the gradients of its own
+    # loss. All gradients are computed before any network is updated, as in the paper.
 
     # (1) Discriminator: maximise log D(x) + log(1 - D(x_recon)) + log(1 - D(x_fake))
     # From logits d: -log D = softplus(-d)
@@ -113,7 +113,7 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     opt_d.zero_grad()
     loss_d.backward(inputs=list(discriminator.parameters()), retain_graph=True)
 
-    # (2) Encoder: minimise beta KL + feature error; no adversarial gradient reaches it
+    # (2) Encoder: minimise beta KL + feature error; it gets no gradient of loss_d or loss_g
     loss_e = args.beta * loss_kl + loss_features
     opt_e.zero_grad()
     loss_e.backward(inputs=list(encoder.parameters()), retain_graph=True)
@@ -134,7 +134,7 @@ def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
 
 
 def sample(decoder, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
     return predict(decoder, z).sigmoid()
 
 
@@ -151,7 +151,7 @@ def main(args):
     opt_e = make_optimizer(args, encoder, args.lr, betas=(0.5, 0.999))
     opt_g = make_optimizer(args, decoder, args.lr, betas=(0.5, 0.999))
     opt_d = make_optimizer(args, discriminator, args.lr * args.lr_d, betas=(0.5, 0.999))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # drawn on the CPU, so the same for any device
     x_fixed = data.x_test[:32].float() / 255
     log = Log(args, data, networks)
     parts = {**networks, "opt_e": opt_e, "opt_g": opt_g, "opt_d": opt_d, "log": log}
@@ -164,7 +164,7 @@ def main(args):
 
     step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for x, labels in data.batches(args.batch_size, args.translate):
             losses = train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d)

@@ -7,47 +7,47 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-The critic gives a number, not a probability. Among functions of slope at most 1, take the one with the
-largest gap between real and generated images: the gap is their Wasserstein distance. Averaged over the batch:
+A critic gives numbers, not probabilities. Of functions of slope at most 1, it learns the one with the largest
+gap between real and generated images: their Wasserstein distance. The losses are averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
     loss_d      = -wasserstein + gp_weight * penalty      (--lipschitz gp)
-    penalty     = (||gradient of critic at x_hat|| - 1)^2, x_hat = between x and x_fake at random
+    penalty     = (||gradient of critic at x_hat|| - 1)^2, x_hat = a random point between x and x_fake
     loss_g      = -critic(x_fake)
 
     critic         minimises  loss_d, with every batch
-    generator      minimises  loss_g, with one of --n-critic batches
+    generator      minimises  loss_g, with one batch in --n-critic
 
     Differences        here                                     in the papers or their code
       networks         16 to 64 channels; a hidden layer in     64 channels and more; no hidden layer
                        the critic
-      batch norm       in the generator                         clip: in both; gp: for digits in neither
-      first weights    critic: He's; generator: torch's         clip: N(0, 0.02^2); gp: much as He's
+      batch norm       in the generator                         clip: in both networks; gp: none for digits
+      first weights    critic: He's; generator: torch's         clip: N(0, 0.02^2); gp: much like He's
       noise            10 dimensions                            clip: 100; gp: 128
-      optimiser        clip: RMSprop; gp: Adam, betas 0, 0.9    the same; gp's code: 0.5, 0.9
+      optimiser        clip: RMSprop; gp: Adam, betas 0, 0.9    the same; gp's code: betas 0.5, 0.9
       learning rates   clip: 2e-3, the critic's 5e-5            clip: 5e-5 for both
                        gp: 3e-3, the critic's 7.5e-4            gp: 1e-4 for both
-      weights          clip: within 0.1                         within 0.01
+      weights          clip: in [-0.1, 0.1]                     clip: in [-0.01, 0.01]
       batches          of 32 images                             of 64
-      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --n-critic batches (in
-                       its batch norm moves with every batch    clip's code at times of a hundred)
-      generated        one batch for both networks              a new one for the generator
-      samples          of averaged weights; their decay is      of the last weights
+      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --n-critic batches (clip's
+                       its batch norm sees every batch          code: sometimes of a hundred)
+      generated batch  the same for both networks               a new one for the generator
+      samples          from weights averaged with the decay     from the last weights
                        min(--ema, (1 + t) / (10 + t)) at step t
 
-With --norm batch the penalty is no longer one of each image, since batch norm mixes the images of a batch.
+With --norm batch the gradient penalty is no longer one per image, as batch norm mixes the images of a batch.
 
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip
 
-Files: wgan.csv, wgan.pt, wgan_*.png: samples, progress, interpolation. The columns of wgan.csv, besides
-epoch, step and seconds of training, are means since the previous row:
+A run writes wgan.csv, wgan.pt and wgan_*.png: samples, progress and interpolation. The CSV's columns are
+epoch, step, seconds (of training) and these means since the previous row:
 
     loss_d, loss_g
     wasserstein       the estimated distance, times the critic's slope
-    penalty           0 with clip
-    fd ...            at the end of each epoch, with --score: see README.md
+    penalty           0 with --lipschitz clip
+    fd, ...           scores after each epoch, only with --score: see README.md
 """
 
 import copy
@@ -68,18 +68,18 @@ from common import (
 def parse_args(argv=None):
     parser = shared_flags(__file__, __doc__, batch_size=32, lr=3e-3, latent_dim=10)
     add = parser.add_argument
-    add("--arch", choices=["mlp", "conv"], default="conv", help="networks")
+    add("--arch", choices=["mlp", "conv"], default="conv", help="kind of networks")
     add("--hidden", type=positive_int, nargs="+", default=[128, 256, 512],
-        help="mlp: the generator's layers, reversed in the critic")
+        help="mlp: sizes of the generator's hidden layers; reversed in the critic")
     add("--lipschitz", choices=["clip", "gp"], default="gp",
-        help="how; clip changes the defaults to --opt rmsprop --lr 2e-3 --lr-d 0.025")
-    add("--clip", type=positive_float, default=0.1, help="clip: largest weight of the critic")
+        help="how to bound the slope; clip changes the defaults to --opt rmsprop --lr 2e-3 --lr-d 0.025")
+    add("--clip", type=positive_float, default=0.1, help="clip: the critic's weights stay in [-CLIP, CLIP]")
     add("--gp-weight", type=nonnegative_float, default=10.0, help="gp: weight of the gradient penalty")
     add("--n-critic", type=positive_int, default=5, help="critic steps per generator step")
     add("--norm", choices=["batch", "none"], default="none",
-        help="normalisation in the critic; batch: the gradient penalty is then not one per image")
-    add("--lr-d", type=positive_float, default=0.25, help="critic's learning rate, as a factor of --lr")
-    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: none")
+        help="normalisation in the critic; with batch, the gradient penalty is not one per image")
+    add("--lr-d", type=positive_float, default=0.25, help="the critic's learning rate is LR_D * LR")
+    add("--ema", type=share, default=0.9995, help="decay of the weights averaged over training; 0: off")
     if parser.parse_known_args(argv)[0].lipschitz == "clip":
         parser.set_defaults(opt="rmsprop", lr=2e-3, lr_d=0.025)
     return parse(parser, argv)
@@ -100,7 +100,7 @@ def make_networks(args, shape):
 
 
 def gradient_penalty(critic, x, x_fake):
-    """(||gradient of critic at x_hat|| - 1)^2, averaged; x_hat between x and x_fake (B, C, H, W)."""
+    """Mean of (||gradient of critic at x_hat|| - 1)^2; x_hat lies between x and x_fake (B, C, H, W)."""
     epsilon = torch.rand(len(x), 1, 1, 1, device=x.device)
     x_hat = torch.lerp(x, x_fake, epsilon).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
@@ -136,7 +136,7 @@ def train_step(x, update_generator, args, generator, critic, opt_g, opt_d):
 
 
 def sample(generator, z):
-    """Images (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
+    """Samples (N, C, H, W) in [0, 1] from z (N, latent_dim)."""
     return predict(generator, z).sigmoid()
 
 
@@ -151,7 +151,7 @@ def main(args):
     to_device(networks, args.device)
     opt_g = make_optimizer(args, generator, args.lr, betas=(0.0, 0.9))
     opt_d = make_optimizer(args, critic, args.lr * args.lr_d, betas=(0.0, 0.9))
-    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # from the CPU: the same on any device
+    z_fixed = torch.randn(64, args.latent_dim).to(args.device)  # drawn on the CPU, so the same for any device
     log = Log(args, data, networks)
     parts = {**networks, "opt_g": opt_g, "opt_d": opt_d, "log": log}
     done = load_checkpoint(args, data, parts)
@@ -163,7 +163,7 @@ def main(args):
 
     step = done * (len(data.x_train) // args.batch_size)
     for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + 1_000_000 * epoch)  # a resumed run draws what this one would
+        torch.manual_seed(args.seed + 1_000_000 * epoch)  # so that a resumed run draws the same
         log.start_epoch(epoch)
         for i, (x, labels) in enumerate(data.batches(args.batch_size, args.translate)):
             update_generator = i % args.n_critic == 0

@@ -11,7 +11,6 @@ import io
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,8 +102,7 @@ class Run:
         }
         with patch.multiple(module, **patches), quiet():
             self.networks = module.main(self.args)
-        lines = (self.out / f"{self.script}.csv").read_text().splitlines()
-        self.rows = list(csv.DictReader(lines))
+        self.rows = list(csv.DictReader(open(self.out / f"{self.script}.csv")))
         pngs = self.out.glob(f"{self.script}_*.png")
         self.files = {path.name: path.read_bytes() for path in pngs}
         self.files["csv"] = [{**row, "seconds": ""} for row in self.rows]
@@ -201,6 +199,7 @@ def vae(args, x, y, encoder, decoder):
     loss = recon + args.beta * kl
     descend(loss, encoder, decoder)
     return {"loss": loss, "loss_recon": recon, "loss_kl": kl}
+
 
 def gan(args, x, y, generator, discriminator):
     logits = generator(torch.randn(len(x), args.latent_dim), *y)
@@ -678,13 +677,15 @@ class Documents(Case):
     def test_documented_python(self):
         def tiny(parser, argv):
             return parse_args(parser, [f"--data={PICTURES}", "--out=.", *TINY.split(), *argv])
+        make_pictures("dcgan_generated", [""], 9)
+        make_pictures(".", [""], 2)
         Run("vae", ".")
-        parse_args, digits = argparse.ArgumentParser.parse_args, [(Image.new("L", (28, 28)), 7)]
-        two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        Run("cgan", ".")
+        parse_args, two = argparse.ArgumentParser.parse_args, nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         with (
             patch("argparse.ArgumentParser.parse_args", tiny), quiet(),
-            patch("torchvision.datasets.MNIST", return_value=digits),
             patch("common.load_classifier", return_value=two),
+            patch("gan.load_data", common.load_data),
         ):
             for code in re.findall(r"```python\n(.*?)```", TEXT, re.S):
                 scripts = ["vaegan", "cgan", "wgan"] if "measure.py: python" in code else [""]

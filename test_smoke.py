@@ -1,7 +1,7 @@
-"""python test_smoke.py tests the scripts beside it, python test_smoke.py gan one of them; it needs no data.
+"""`python test_smoke.py` tests all scripts in this folder, `python test_smoke.py gan` tests only gan.py.
 
-Each script runs on a few tiny pictures. What it computed and wrote is computed once more from the formulas;
-a failure says what differs. Layers and rates are tested in the whole collection only."""
+Each script trains on a few tiny pictures. Then its losses, weights and files are computed again from formulas,
+and a failure says what differs. Layers and learning rates are tested only if all seven scripts are here."""
 
 import argparse
 import csv
@@ -68,7 +68,7 @@ def pictures(part):
 
 
 def listen(function, calls, during=lambda call: None):
-    """`function`; `calls` keeps its arguments by name, "result", "opts", networks "before" and "after"."""
+    """Wraps `function`: `calls` gets its arguments by name, "result", "opts", networks "before" and "after"."""
     def listening(*args, **kwargs):
         call = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
         networks = {name: x for name, x in call.items() if isinstance(x, nn.Module)}
@@ -123,7 +123,7 @@ class Run:
         return next(self.networks[name] for name in names if name in self.networks)
 
     def draw(self, call):
-        """What the network that draws makes of the noise and the labels of a call."""
+        """The images that the generator or decoder draws from the noise and the labels of this call."""
         inputs = [call[key] for key in "zy" if key in call]
         logits = self.network("generator", "decoder")(*inputs).detach()
         return logits.tanh() / 2 + 0.5 if self.script == "dcgan" else logits.sigmoid()
@@ -318,7 +318,7 @@ class Formulas(Case):
     @each("vae --recon mse --beta 3", "cvae", "vae --binarize --latent-dim 2", "cvae --binarize")
     def test_negative_elbo(self, run):
         for x in (run.steps[-1]["x"], run.grids["reconstructions"][-1][::2]):
-            same(len(x.unique()) == 2, run.args.binarize, "binary pixels?")
+            same(len(x.unique()) == 2, run.args.binarize, "pixels are binary, or not")
         (x, y), networks = pictures("test"), run.networks.values()
         data, parts = Mock(classes="ab"), [slice(30), slice(30, 34)]
         data.test_batches.return_value = [(x[i], y[i].argmax(1)) for i in parts]
@@ -390,7 +390,7 @@ class Training(Case):
                     average[key] = decay * average[key] + (1 - decay) * value
                 old, new = (step[when][name].parameters() for when in ("before", "after"))
                 still = all(map(torch.equal, old, new))
-                same(still, i not in turns, f"the {name}: no move at step {i}")
+                same(still, i not in turns, f"step {i} moves the {name}, or not")
             for key, value in run.networks[f"{name}_ema"].state_dict().items():
                 if value.is_floating_point():
                     same(value, average[key], f"{key} of {name}_ema is not the average")
@@ -631,7 +631,7 @@ class DataSets(Case):
         self.assertTrue(once.equal(again) and not once.equal(plain), "the shifted test set")
         x = Run(f"{FIRST} --translate 0.2 --epochs 1", "out").steps[0]["x"]
         moved = not any(x[0].equal(image) for image in pictures("train")[0])
-        self.assertTrue(moved, "--translate has no say")
+        self.assertTrue(moved, "--translate changes nothing")
 
     def test_folders(self):
         make_pictures("d", ["9", "10", "11"], 24, (20, 16))  # and smaller ones, of which one counts:

@@ -68,7 +68,7 @@ def pictures(part):
 
 
 def listen(function, calls, during=lambda call: None):
-    """Wraps `function`: `calls` gets its arguments by name, "result", "opts", networks "before" and "after"."""
+    """Wraps `function`: `calls` gets arguments by name, "result", "opts", networks "before" and "after"."""
     def listening(*args, **kwargs):
         call = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
         networks = {name: x for name, x in call.items() if isinstance(x, nn.Module)}
@@ -318,7 +318,7 @@ class Formulas(Case):
     @each("vae --recon mse --beta 3", "cvae", "vae --binarize --latent-dim 2", "cvae --binarize")
     def test_negative_elbo(self, run):
         for x in (run.steps[-1]["x"], run.grids["reconstructions"][-1][::2]):
-            same(len(x.unique()) == 2, run.args.binarize, "pixels are binary, or not")
+            same(len(x.unique()) == 2, run.args.binarize, "binary pixels or not")
         (x, y), networks = pictures("test"), run.networks.values()
         data, parts = Mock(classes="ab"), [slice(30), slice(30, 34)]
         data.test_batches.return_value = [(x[i], y[i].argmax(1)) for i in parts]

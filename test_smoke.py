@@ -68,7 +68,7 @@ def pictures(part):
 
 
 def listen(function, calls, during=lambda call: None):
-    """Wraps `function`: `calls` gets arguments by name, "result", "opts", networks "before" and "after"."""
+    """Wraps `function`: `calls` gets arguments, "result", "opts", networks "before" and "after"."""
     def listening(*args, **kwargs):
         call = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
         networks = {name: x for name, x in call.items() if isinstance(x, nn.Module)}

@@ -1,6 +1,6 @@
 """`python test_smoke.py` tests all scripts in this folder, `python test_smoke.py gan` tests only gan.py.
 
-Each script trains on a few tiny pictures. Then its losses, weights and files are computed again from formulas,
+Each script trains on a few tiny pictures. Its losses, weights and files are computed again from formulas,
 and a failure says what differs. Layers and learning rates are tested only if all seven scripts are here."""
 
 import argparse

@@ -6,8 +6,8 @@
 
 Mirza, Osindero: Conditional generative adversarial nets, 2014, arXiv 1411.1784.
 
-This is the GAN of gan.py, but both networks also get the label y as a one-hot vector: the generator with the
-noise, x_fake = generator(z, y), the discriminator with the image. The losses are averaged over the batch:
+This is the GAN of gan.py, but both networks also get the label y as a one-hot vector. The generator gets z
+and y, x_fake = generator(z, y); the discriminator gets x and y. The losses are averaged over the batch:
 
     loss_d = -log D(x, y) - log(1 - D(x_fake, y))
     loss_g = -log D(x_fake, y)
@@ -18,8 +18,8 @@ noise, x_fake = generator(z, y), the discriminator with the image. The losses ar
     Differences        here                                     in the paper
       generator        layers of 128, 256, 512; batch norm      200 (z), 1000 (y), then 1200; no batch norm
       discriminator    layers of 512, 256, 128; leaky ReLU      240 (x), 50 (y), then 240; maxout units
-      label            joined to z as numbers; to x as pixels   has a first layer of its own
-                       with a digit's norm, or (conv) channels
+      label            joined to z as numbers; to x as channels has a first layer of its own
+                       (conv) or as pixels with a digit's norm
       dropout          0.2 after the discriminator's layers     0.5 in both networks
       first weights    discriminator: He's; generator: torch's  not given
       noise            normal                                   uniform
@@ -28,8 +28,8 @@ noise, x_fake = generator(z, y), the discriminator with the image. The losses ar
       batches          of 64 images                             of 100
       loss_g           -log D                                   log(1 - D)
       generated batch  the same for both networks               a new one for the generator
-      samples          from weights averaged with the decay     from the last weights
-                       min(--ema, (1 + t) / (10 + t)) at step t
+      samples          from averaged weights; decay at step t:   from the last weights
+                       min(--ema, (1 + t) / (10 + t))
       --arch conv      the layers of dcgan.py: a conditional    fully connected networks
                        DCGAN, but with images in [0, 1]
 
@@ -109,7 +109,7 @@ def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake, y)).mean()
     opt_g.zero_grad()
-    loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
+    loss_g.backward()  # this also gives the discriminator gradients; its next update clears them
     opt_g.step()
     losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}
@@ -156,7 +156,7 @@ def main(args):
             step += 1
             log.add(step, losses)
         samples = sample(generator_ema, z_fixed, y_fixed)
-        # The samples have a row per class; the progress gets their diagonal, one sample of each class
+        # Samples: a row per class. Progress gets sample i of row i, so one sample of each class
         save_grid(args, "samples", samples, 10)
         save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))
         z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]

@@ -210,7 +210,7 @@ def mlp(sizes, norm=False, leak=0.0, dropout=0.0):
 
 
 def halvings(side, width):
-    """Channels of layers halving `side` while it is even and above 7; last side: 28, 16 -> [16, 32], 7."""
+    """For layers that halve `side` while even and over 7: channels, last side; 28, 16 -> [16, 32], 7."""
     channels = []
     while side > 7 and side % 2 == 0:
         channels.append(width * 2 ** len(channels))
@@ -385,7 +385,7 @@ def fd(f, g):
 
 
 def covered(points, centres, k=3):
-    """Share of points (N, D) in a k-nearest-neighbour ball of centres (M, D): Kynkaanniemi et al. 2019."""
+    """Share of points (N, D) as near a centre (M, D) as its k-th neighbour: Kynkaanniemi et al. 2019."""
     radii = torch.cdist(centres, centres).topk(k + 1, largest=False).values[:, k]  # the nearest is itself
     return (torch.cdist(points, centres) <= radii).any(1).float().mean().item()
 

@@ -21,10 +21,10 @@ Together they minimise the loss of an image, averaged over the batch:
       labels           always given                             Kingma et al.: missing ones are inferred
       prior of z       N(0, I)                                  Sohn et al.: depends on the condition
       z                8 dimensions; with more, z also tells    Kingma et al.: 50 dimensions
-                       the class, and y is obeyed less
+                       the class, and y matters less
       layers           512, 256; ReLU, batch norm               Kingma et al.: 500, 500; softplus
-      label            joined to z as numbers; to x as pixels   Kingma et al.: joined as numbers, not scaled
-                       with a digit's norm, or (conv) channels
+      label            joined to z as numbers; to x as channels Kingma et al.: joined as numbers, not scaled
+                       (conv) or as pixels with a digit's norm
       optimiser        Adam at 3e-3, decaying to zero           Kingma et al.: Adam at 3e-4
       batches          of 128 images                            Kingma et al.: of 1000
       pixels           grey, as Bernoulli means; or --binarize  Kingma et al.: binary, drawn for each batch
@@ -177,7 +177,7 @@ def main(args):
             step += 1
             log.add(step, losses)
         samples = sample(decoder, z_fixed, y_fixed)
-        # The samples have a row per class; the progress gets their diagonal, one sample of each class
+        # Samples: a row per class. Progress gets sample i of row i, so one sample of each class
         save_grid(args, "samples", samples, 10)
         save_grid(args, "progress", log.progress(samples[::11]), min(10, n_classes))
         z, y = z_fixed[:9], one_hot[torch.arange(9) % n_classes]

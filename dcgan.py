@@ -19,8 +19,8 @@ batch norm in both, leaky ReLU in the discriminator. The losses are averaged ove
     Differences        here                                     in the paper or its code
       networks         three layers each for 28 x 28 pixels,    four layers each for 64 x 64 pixels,
                        16 to 64 channels, kernels of 3 and 4    128 to 1024 channels, kernels of 5
-      last layer       of the generator: keeps the size         doubles the size
-      biases           in all layers, besides batch norm        none
+      last layer       the generator's keeps height and width   doubles both
+      biases           in all layers, and in batch norm         none
       noise            normal, 10 dimensions: enough for        uniform, 100 dimensions
                        digits, too few for colour pictures
       optimiser        Adam with betas of 0 and 0.99            Adam with betas of 0.5 and 0.999
@@ -28,8 +28,8 @@ batch norm in both, leaky ReLU in the discriminator. The losses are averaged ove
       batches          of 32 images                             of 128
       weight decay     none                                     1e-5
       updates          both networks with the same images       in turn, each with new images
-      samples          from weights averaged with the decay     from the last weights
-                       min(--ema, (1 + t) / (10 + t)) at step t
+      samples          from averaged weights; decay at step t:   from the last weights
+                       min(--ema, (1 + t) / (10 + t))
 
     python dcgan.py --epochs 1
     python dcgan.py --data cifar10 --latent-dim 100 --epochs 25
@@ -101,7 +101,7 @@ def train_step(x, args, generator, discriminator, opt_g, opt_d):
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake)).mean()
     opt_g.zero_grad()
-    loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
+    loss_g.backward()  # this also gives the discriminator gradients; its next update clears them
     opt_g.step()
     losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

@@ -12,7 +12,7 @@ probability D that an image is real. The losses are averaged over the batch:
 
     loss_d = -log D(x) - log(1 - D(x_fake))
     loss_g = -log D(x_fake)            (--loss nonsaturating)
-    loss_g = log(1 - D(x_fake))        (--loss minimax: little gradient while the discriminator wins)
+    loss_g = log(1 - D(x_fake))        (--loss minimax: learns slowly while the discriminator wins)
 
     discriminator  minimises  loss_d, with every batch
     generator      minimises  loss_g, with one batch in --d-steps
@@ -25,11 +25,11 @@ probability D that an image is real. The losses are averaged over the batch:
       noise            normal                                   uniform
       optimiser        Adam with betas of 0 and 0.99            SGD with momentum
       training         4e-3, discriminator 1.2e-3; batch of 64  0.1, decaying; batch of 100
-      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --d-steps batches
-                       its batch norm sees every batch
+      generator steps  n = --d-steps: on batches 1, n + 1, ...  on the last of n batches
+                       of each epoch (batch norm: on all)
       generated batch  the same for both networks               a new one for the generator
-      samples          from weights averaged with the decay     from the last weights
-                       min(--ema, (1 + t) / (10 + t)) at step t
+      samples          from averaged weights; decay at step t:   from the last weights
+                       min(--ema, (1 + t) / (10 + t))
       --arch conv      the networks of vaegan.py                fully connected networks
 
     python gan.py --epochs 1
@@ -111,7 +111,7 @@ def train_step(x, update_generator, args, generator, discriminator, opt_g, opt_d
         if args.loss == "minimax":  # minimise log(1 - D) of them
             loss_g = -F.softplus(d_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
+        loss_g.backward()  # this also gives the discriminator gradients; its next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

@@ -165,7 +165,7 @@ def same(got, expected, words, tolerance=1e-4):
 
 
 def find(x, part, words):
-    """Which images of the set `part` the images x are."""
+    """Find each image of x in the set `part`: indices."""
     found = [[image.equal(x_i) for image in pictures(part)[0]] for x_i in x]
     if not all(map(any, found)):
         raise AssertionError(f"{words}: an image is none of the {part} set, in [0, 1]")
@@ -390,7 +390,7 @@ class Training(Case):
                     average[key] = decay * average[key] + (1 - decay) * value
                 old, new = (step[when][name].parameters() for when in ("before", "after"))
                 still = all(map(torch.equal, old, new))
-                same(still, i not in turns, f"step {i} moves the {name}, or not")
+                same(still, i not in turns, f"step {i}: wrong turn of {name}")
             for key, value in run.networks[f"{name}_ema"].state_dict().items():
                 if value.is_floating_point():
                     same(value, average[key], f"{key} of {name}_ema is not the average")
@@ -502,7 +502,7 @@ class Resuming(Case):
         with self.assertRaises(KeyboardInterrupt):
             Run(run.command, out, stop)
         resumed = Run(f"{run.script} --resume", out)
-        self.assertEqual(resumed.files, run.files, "a resumed run ends otherwise")
+        self.assertEqual(resumed.files, run.files, "files of a resumed run differ")
         first, last = (float(resumed.rows[i]["seconds"]) for i in (6, -1))
         self.assertGreater(last, first, "the seconds begin anew")
 
@@ -583,7 +583,7 @@ class Maths(Case):
             same(drawn, (decoder(z, drawn) > 0).float(), "pixels that it draws")
 
     def test_scores(self):
-        """The features are the pixels; the classes come in unequal shares, 5, 2, 2 and 1, 2, 5."""
+        """Pixels serve as features; the classes have 5, 2, 2 samples and 1, 2, 5 real images."""
         shown, truth = torch.tensor([0] * 5 + [1, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 2, 2, 2])
         x, real = torch.rand(9, 1, 1, 3), torch.randint(256, (8, 1, 1, 3), dtype=torch.uint8)
         x[range(9), 0, 0, shown] += 1

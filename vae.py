@@ -23,7 +23,7 @@ they minimise the negative evidence lower bound (-ELBO) of an image, averaged ov
       training         Adam at 3e-3, decaying; batches of 128   Adagrad, weight decay; batches of 100
       pixels           grey, as Bernoulli means; or --binarize  binary
       PixelVAE: z      added after the first convolution        joined to the image, or used in all gates
-        convolutions   five, residual, ReLU; a blind spot       gated; two stacks without a blind spot
+        convolutions   five, residual, ReLU; miss some pixels   gated; two stacks, miss no pixels
         other layers   an encoder of two; batch norm            an encoder of eight; weight norm
         training       2e-3, decaying; beta rises for 2 epochs  1e-3; beta rises for 20 epochs
         binary pixels  drawn again for each batch               drawn once
@@ -174,7 +174,7 @@ class PixelCNN(nn.Module):
         self.first = MaskedConv2d("A", 1, width, 7)
         self.layers = nn.ModuleList(MaskedConv2d("B", width, width, 3) for _ in range(layers))
         self.last = nn.Conv2d(width, 1, 1)
-        self.reach = 3 + layers  # how many rows above its own a pixel sees
+        self.reach = 3 + layers  # a pixel depends on this many rows above
 
     def logits(self, x, context):
         h = self.first(2 * x - 1) + context

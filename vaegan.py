@@ -27,16 +27,16 @@ x_fake = decoder(z) with z ~ p(z) = N(0, I). The losses are per image and averag
       images           in [0, 1]                                in [-1, 1]
       discriminator    no batch norm, He initialisation         batch norm
       features         of the last convolution but one          of the last convolution
-      beta             8, used as the variance of f(x), whose   1
-                       scale depends on the discriminator
+      beta             8, as the variance of f(x); the scale of 1
+                       f(x) depends on the discriminator
       gamma            0.01 (it depends on that scale, too)     1e-5; the other losses weigh 1 - gamma
       loss_g           with -log D                              with log(1 - D)
       optimiser        Adam with betas of 0.5 and 0.999         RMSprop
       learning rates   4e-3, the discriminator's 8e-4           3e-4 for all, decaying in the code
-      updates          all three networks, with every batch     the code skips a network far ahead
+      updates          all three networks, with every batch     the code skips a network that wins
       batches          of 32 images                             of 64
-      pictures         from weights averaged with the decay     from the last weights
-                       min(--ema, (1 + t) / (10 + t)) at step t
+      pictures         from averaged weights; decay at step t:   from the last weights
+                       min(--ema, (1 + t) / (10 + t))
 
     python vaegan.py --epochs 1 --opt adam
     python vaegan.py --data cifar10 --latent-dim 64 --beta 0.05 --gamma 0.3 --lr 1e-3 --lr-d 0.5  # for colour
@@ -96,7 +96,7 @@ def posterior(output):
 def train_step(x, args, encoder, decoder, discriminator, opt_e, opt_g, opt_d):
     """An update of the three networks on x (B, C, H, W); returns detached scalars for the CSV."""
     q, prior = posterior(encoder(x)), Normal(0.0, 1.0)
-    z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # in one batch, so batch norm sees both kinds
+    z = torch.cat([q.rsample(), torch.randn_like(q.mean)])  # one batch: batch norm averages over both
     x_recon, x_fake = decoder(z).sigmoid().chunk(2)
     f_real, f_recon = discriminator.features(x), discriminator.features(x_recon)
     d_real, d_recon = discriminator.head(f_real), discriminator.head(f_recon)

@@ -7,8 +7,8 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-A critic gives numbers, not probabilities. Of functions of slope at most 1, it learns the one with the largest
-gap between real and generated images: their Wasserstein distance. The losses are averaged over the batch:
+A critic gives numbers, not probabilities. Its slope is at most 1, and it learns to make the gap between real
+and generated images wide: this gap is their Wasserstein distance. The losses are averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
@@ -30,13 +30,13 @@ gap between real and generated images: their Wasserstein distance. The losses ar
                        gp: 3e-3, the critic's 7.5e-4            gp: 1e-4 for both
       weights          clip: in [-0.1, 0.1]                     clip: in [-0.01, 0.01]
       batches          of 32 images                             of 64
-      generator steps  on batches 1, n + 1, ... of each epoch;  on the last of n = --n-critic batches (clip's
-                       its batch norm sees every batch          code: sometimes of a hundred)
+      generator steps  n = --n-critic: on batches 1, n + 1, ... on the last of n batches (clip's code: n is
+                       of each epoch (batch norm: on all)       sometimes a hundred)
       generated batch  the same for both networks               a new one for the generator
-      samples          from weights averaged with the decay     from the last weights
-                       min(--ema, (1 + t) / (10 + t)) at step t
+      samples          from averaged weights; decay at step t:   from the last weights
+                       min(--ema, (1 + t) / (10 + t))
 
-With --norm batch the gradient penalty is no longer one per image, as batch norm mixes the images of a batch.
+--norm batch mixes the images of a batch, so there is no longer a gradient penalty for each single image.
 
     python wgan.py --epochs 1
     python wgan.py --lipschitz clip
@@ -129,7 +129,7 @@ def train_step(x, update_generator, args, generator, critic, opt_g, opt_d):
     if update_generator:
         loss_g = -critic(x_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward()  # also leaves gradients in the other network, whose next update clears them
+        loss_g.backward()  # this also gives the critic gradients; its next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

@@ -405,10 +405,10 @@ class Pictures(Case):
             cells = cells.flatten(0, 2)[: len(grids[-1]), None]
             same(cells, grids[-1], f"grey levels of {name}.png", 1 / 255)
             columns = {"interpolation": 6, "traversal": 10, "manifold": 20, "reconstructions": 8,
-                       "samples": 10 if run.labels else 8}
+                       "samples": 10 if run.labels else 8, "progress": 2 if run.labels else 10}
             if name in columns:
                 same(image.shape[2], 10 * columns[name] + 2, f"width of {name}.png")
-            if name in columns and "pixelcnn" not in run.command:
+            if name in {*columns} - {"progress"} and "pixelcnn" not in run.command:
                 call = run.call(name)
                 same(call["result"], run.draw(call), f"{name}: not drawn by the saved network")
         row = slice(0, 20, 11) if run.labels else slice(10)  # of labels: the diagonal
@@ -433,7 +433,7 @@ class Pictures(Case):
             t = torch.arange(6)[:, None] / 5
             return torch.cat([start + (end - start) * t for start, end in zip(a, b)])
         z, walk = run.call("samples")["z"], run.call("interpolation")
-        same(len(z), 20 if run.labels else 64, "number of samples")
+        same(len(z), 20 if run.labels else 64, "samples")
         same(run.call("samples", 0)["z"], z, "each epoch draws from other noise", 0)
         same(z.std(), 1, "noise is not N(0, I)", 0.2)
         if not run.labels:
@@ -464,12 +464,12 @@ class Pictures(Case):
     def test_scored_samples(self, run):
         (scored,), call = run.scored, run.drawn[-1]
         pixelcnn, z = "pixelcnn" in run.command, call["z"]
-        self.assertTrue(scored["x"] is call["result"], "what is scored")
+        self.assertIs(scored["x"], call["result"])
         self.assertEqual(scored["classifier"], "a classifier")
-        same(len(z), 1_000 if pixelcnn else 10_000, "number of samples")
+        same(len(z), 1_000 if pixelcnn else 10_000, "samples")
         same(z.std(), 1, "noise is not N(0, I)", 0.1)
         same(scored.get("binarize", False), pixelcnn, "binarised test set")
-        same(int(run.rows[-1]["fd"]), 7, "scores in the CSV")
+        same(int(run.rows[-1]["fd"]), 7, "CSV: fd")
         if not pixelcnn:
             same(call["result"], run.draw(call), "scored samples are of another network")
         if run.labels:

@@ -109,7 +109,7 @@ def train_step(x, y, args, generator, discriminator, opt_g, opt_d):
     # (2) Generator: maximise log D of generated images
     loss_g = F.softplus(-discriminator(x_fake, y)).mean()
     opt_g.zero_grad()
-    loss_g.backward()  # this also gives the discriminator gradients; its next update clears them
+    loss_g.backward()  # this also gives the other network gradients; its next update clears them
     opt_g.step()
     losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

@@ -111,7 +111,7 @@ def train_step(x, update_generator, args, generator, discriminator, opt_g, opt_d
         if args.loss == "minimax":  # minimise log(1 - D) of them
             loss_g = -F.softplus(d_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward()  # this also gives the discriminator gradients; its next update clears them
+        loss_g.backward()  # this also gives the other network gradients; its next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

@@ -7,8 +7,8 @@
 Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, Ahmed, Arjovsky,
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
-A critic gives numbers, not probabilities. Its slope is at most 1, and it learns to make the gap between real
-and generated images wide: this gap is their Wasserstein distance. The losses are averaged over the batch:
+A critic gives numbers, not probabilities. Its slope is bounded, and it learns to widen the gap between real
+and generated images; at slope 1 this is their Wasserstein distance. Losses are averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])
@@ -129,7 +129,7 @@ def train_step(x, update_generator, args, generator, critic, opt_g, opt_d):
     if update_generator:
         loss_g = -critic(x_fake).mean()
         opt_g.zero_grad()
-        loss_g.backward()  # this also gives the critic gradients; its next update clears them
+        loss_g.backward()  # this also gives the other network gradients; its next update clears them
         opt_g.step()
         losses["loss_g"] = loss_g
     return {name: loss.detach() for name, loss in losses.items()}

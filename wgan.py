@@ -8,7 +8,7 @@ Arjovsky, Chintala, Bottou: Wasserstein GAN, 2017, arXiv 1701.07875. Gulrajani, 
 Dumoulin, Courville: Improved training of Wasserstein GANs, 2017, arXiv 1704.00028.
 
 A critic gives numbers, not probabilities. Its slope is bounded, and it learns to widen the gap between real
-and generated images; at slope 1 this is their Wasserstein distance. Losses are averaged over the batch:
+and generated images; at slope 1 the gap is their Wasserstein distance. Losses are averaged over the batch:
 
     wasserstein = critic(x) - critic(x_fake)
     loss_d      = -wasserstein                            (--lipschitz clip: weights in [-clip, clip])

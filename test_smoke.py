@@ -527,7 +527,7 @@ class Resuming(Case):
                 next(call[next(iter(call["before"]))].parameters()).data.fill_(math.nan)
         spoilt = partial(Run, out="out", during=spoil)
         self.check_fails(run.script, {"": "is not finite at step 26"}, 1, spoilt)
-        same(torch.load(f"out/{run.script}.pt")["epoch"], 1, "it is saved")
+        same(torch.load(f"out/{run.script}.pt")["epoch"], 1, "NaN saved")
 
 
 class Maths(Case):

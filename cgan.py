@@ -28,7 +28,7 @@ and y, x_fake = generator(z, y); the discriminator gets x and y. The losses are 
       batches          of 64 images                             of 100
       loss_g           -log D                                   log(1 - D)
       generated batch  the same for both networks               a new one for the generator
-      samples          from averaged weights; decay at step t:   from the last weights
+      samples          from averaged weights; decay at step t:  from the last weights
                        min(--ema, (1 + t) / (10 + t))
       --arch conv      the layers of dcgan.py: a conditional    fully connected networks
                        DCGAN, but with images in [0, 1]

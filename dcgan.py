@@ -28,7 +28,7 @@ batch norm in both, leaky ReLU in the discriminator. The losses are averaged ove
       batches          of 32 images                             of 128
       weight decay     none                                     1e-5
       updates          both networks with the same images       in turn, each with new images
-      samples          from averaged weights; decay at step t:   from the last weights
+      samples          from averaged weights; decay at step t:  from the last weights
                        min(--ema, (1 + t) / (10 + t))
 
     python dcgan.py --epochs 1

@@ -28,7 +28,7 @@ probability D that an image is real. The losses are averaged over the batch:
       generator steps  n = --d-steps: on batches 1, n + 1, ...  on the last of n batches
                        of each epoch (batch norm: on all)
       generated batch  the same for both networks               a new one for the generator
-      samples          from averaged weights; decay at step t:   from the last weights
+      samples          from averaged weights; decay at step t:  from the last weights
                        min(--ema, (1 + t) / (10 + t))
       --arch conv      the networks of vaegan.py                fully connected networks
 

@@ -35,7 +35,7 @@ x_fake = decoder(z) with z ~ p(z) = N(0, I). The losses are per image and averag
       learning rates   4e-3, the discriminator's 8e-4           3e-4 for all, decaying in the code
       updates          all three networks, with every batch     the code skips a network that wins
       batches          of 32 images                             of 64
-      pictures         from averaged weights; decay at step t:   from the last weights
+      pictures         from averaged weights; decay at step t:  from the last weights
                        min(--ema, (1 + t) / (10 + t))
 
     python vaegan.py --epochs 1 --opt adam

@@ -33,7 +33,7 @@ and generated images; at slope 1 the gap is their Wasserstein distance. Losses a
       generator steps  n = --n-critic: on batches 1, n + 1, ... on the last of n batches (clip's code: n is
                        of each epoch (batch norm: on all)       sometimes a hundred)
       generated batch  the same for both networks               a new one for the generator
-      samples          from averaged weights; decay at step t:   from the last weights
+      samples          from averaged weights; decay at step t:  from the last weights
                        min(--ema, (1 + t) / (10 + t))
 
 --norm batch mixes the images of a batch, so there is no longer a gradient penalty for each single image.
